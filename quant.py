@@ -1,0 +1,449 @@
+"""
+The lecture's chapter on quantization: NF4, int8, int4, sixteen evenly spaced levels; double quantization; the quantized
+linear layer; and QLoRA's autograd Function by hand. Plain torch operations, so on any device.
+
+    python quant.py                                       # the slide's example, the codes, the error table
+    python -m pytest -q tests/test_quant.py               # bit for bit with bitsandbytes where it is installed
+
+    q = quantize(weight, "nf4", block_size=64, double=True)     # QuantizedTensor
+    w = q.dequantize(torch.bfloat16)                            # Tensor of weight's shape
+    n_wrapped, n_linear = quantize_model(model, "nf4")          # in place
+
+Every scheme here is absmax quantization: a block of weights is divided by its largest magnitude and each quotient
+becomes the index of the nearest level. What is stored is the index and, once a block, the magnitude.
+"""
+
+import difflib
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+# -----------------------------------------------------------------------------
+# levels
+
+# Quantiles of the normal distribution with an exact zero (QLoRA, Dettmers et al. 2023, appendix E), as bitsandbytes stores them
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+LEVELS = {
+    "nf4": NF4,
+    "linear4": tuple(-1 + 2 * k / 15 for k in range(16)),   # the slide's sixteen evenly spaced levels
+    "int4": tuple((k - 8) / 7 for k in range(16)),          # integers [-8, 7] over 7, so that absmax and zero are exact;
+}                                                           # -8 is therefore never written. |error| <= absmax / 14
+SCHEMES = (*LEVELS, "int8")
+BLOCK_SIZES = tuple(2**i for i in range(4, 13))
+NESTED_BLOCK = 256        # scales a group of double quantization
+CHUNK = 2**18             # elements worked on at a time on a CPU
+
+
+def dynamic_levels():
+    """The 255 + 1 levels of bitsandbytes' signed 8-bit "dynamic" type, float32 (Dettmers 2016): a sign, a decimal exponent, a linear fraction."""
+    positive = []
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1)
+        positive += (10.0 ** (i - 6) * (edges[:-1] + edges[1:]) / 2).tolist()
+    return torch.tensor(sorted([-v for v in positive] + [0.0, 1.0] + positive))
+
+
+@functools.cache
+def _levels(scheme, device):
+    with torch.inference_mode(False):
+        return (dynamic_levels() if scheme == "dynamic" else torch.tensor(LEVELS[scheme])).to(device)
+
+
+@functools.cache
+def _boundaries(scheme, device):
+    levels = _levels(scheme, device)
+    return (levels[:-1] + levels[1:]) / 2
+
+
+# -----------------------------------------------------------------------------
+# packing
+
+# byte i of `packed`:   bit 7 6 5 4 | 3 2 1 0
+#                       code[2i]    | code[2i+1]        an odd count leaves 7 (NF4's zero) in the last low nibble
+
+
+def pack4(codes):
+    """codes (n,) uint8 in 0..15 -> packed (ceil(n / 2),) uint8."""
+    if codes.numel() % 2:
+        codes = torch.cat((codes, codes.new_full((1,), 7)))
+    return codes[::2] << 4 | codes[1::2]
+
+
+def unpack4(packed, n):
+    """packed (ceil(n / 2),) uint8 -> codes (n,) uint8 in 0..15."""
+    return torch.stack((packed >> 4, packed & 15), 1).view(-1)[:n]
+
+
+# -----------------------------------------------------------------------------
+# quantize: flat float32 -> codes and absmax
+
+
+def _blocks(x, block):
+    """x (n,) -> (ceil(n / block), block); a partial last block is filled with zeros, which never are the largest."""
+    return torch.cat((x, x.new_zeros(-x.numel() % block))).view(-1, block) if x.numel() % block else x.view(-1, block)
+
+
+def _normalize(x, absmax, top):
+    """x (n_blocks, block) float32 times top / absmax: in [-top, top], also where the reciprocal overflows or divides by zero."""
+    scale = top / absmax
+    if not bool(scale.isinf().any()):
+        return x * scale[:, None]
+    lift = torch.where(scale.isinf(), 2.0**100, 1.0)                       # an exact power of two
+    lifted = absmax * lift
+    return (x * lift[:, None]) * torch.where(lifted == 0, 0, top / lifted)[:, None]
+
+
+def _encode(x, scheme, block):
+    """x (n,) float32 -> (codes (n,), absmax (n_blocks,) float32); codes are uint8 level indices, or int8 for "int8"."""
+    n, x = x.numel(), _blocks(x, block)
+    absmax = x.abs().amax(1)
+    if scheme == "int8":
+        codes = _normalize(x, absmax, 127.0).round_().clamp_(-127, 127).to(torch.int8)
+    else:
+        codes = torch.bucketize(_normalize(x, absmax, 1.0).clamp_(-1, 1), _boundaries(scheme, x.device), out_int32=True).to(torch.uint8)
+    return codes.view(-1)[:n], absmax
+
+
+def _encode_chunks(x, scheme, block):
+    """As _encode, and packed; x (n,) of any floating type."""
+    step = max(CHUNK // block, 1) * block
+    pairs = [_encode(part.float(), scheme, block) for part in x.split(step)]
+    codes = [code if scheme == "int8" else pack4(code) for code, _ in pairs]   # step is even or the only one
+    return torch.cat(codes), torch.cat([absmax for _, absmax in pairs])
+
+
+# -----------------------------------------------------------------------------
+# dequantize
+
+
+def _decode(packed, scales, scheme, n, block, out):
+    """The formula, in whole tensors: for compilers, accelerators and fake tensors. Returns out (n,) filled."""
+    if scheme == "int8":
+        values = packed.float() / 127
+    else:
+        values = _levels(scheme, packed.device)[unpack4(packed, n).int()]
+    return out.copy_((_blocks(values, block) * scales[:, None]).view(-1)[:n])
+
+
+def _decode_chunks(packed, scales, scheme, n, block, out):
+    step = max(CHUNK // block, 1) * block
+    per_byte = 1 if scheme == "int8" else 2
+    for i in range(0, n, step):
+        m = min(step, n - i)
+        _decode(packed[i // per_byte:(i + m + per_byte - 1) // per_byte], scales[i // block:-(-(i + m) // block)], scheme, m, block, out[i:i + m])
+    return out
+
+
+# -----------------------------------------------------------------------------
+# the stored weight
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A weight in storage. Made by `quantize`; immutable: do not write into its tensors.
+
+        packed    (ceil(n / 2),) uint8, two codes a byte (pack4); or (n,) int8
+        absmax    (n_blocks,) float32; with double quantization uint8, indices into dynamic_levels(), and then also
+        absmax2   (ceil(n_blocks / 256),) float32, the scales of the scales
+        offset    () float32, the mean that was taken off
+    """
+    shape: torch.Size
+    scheme: str
+    block_size: int | None        # None: per row
+    dtype: torch.dtype            # of the weight it came from
+    packed: torch.Tensor
+    absmax: torch.Tensor
+    absmax2: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+    def __post_init__(self):
+        lengths = _lengths(self.shape, self.scheme, self.block_size, self.double)
+        for name, tensor in self.tensors().items():
+            if tensor.numel() != lengths[name]:
+                raise ValueError(f"{name} holds {tensor.numel()} values; {self.scheme} of shape {tuple(self.shape)} needs {lengths[name]}")
+
+    @property
+    def double(self):
+        return self.absmax2 is not None
+
+    @property
+    def block(self):
+        return _block(self.shape, self.block_size)
+
+    @property
+    def nbytes(self):
+        return sum(t.numel() * t.element_size() for t in self.tensors().values())
+
+    @property
+    def device(self):
+        return self.packed.device
+
+    @property
+    def meta(self):
+        return self.shape, self.scheme, self.block_size, self.dtype
+
+    def numel(self):
+        return math.prod(self.shape)
+
+    def tensors(self):
+        """name -> tensor, of those there are."""
+        named = {"packed": self.packed, "absmax": self.absmax, "absmax2": self.absmax2, "offset": self.offset}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def to(self, device):
+        return QuantizedTensor(*self.meta, *(t.to(device) for t in self.tensors().values()))
+
+    def scales(self):
+        """The absmax of each block, (n_blocks,) float32, double quantization undone."""
+        if not self.double:
+            return self.absmax
+        values = _levels("dynamic", self.device)[self.absmax.int()]
+        return (_blocks(values, NESTED_BLOCK) * self.absmax2[:, None]).view(-1)[:self.absmax.numel()] + self.offset
+
+    def dequantize(self, dtype=None, out=None):
+        """float32 level times float32 absmax, then one rounding to dtype (default: the weight's own). Returns a Tensor of `shape`.
+
+        out: a contiguous Tensor of `shape` to fill, whose dtype then counts.
+        """
+        if out is None:
+            out = torch.empty(self.shape, dtype=dtype or self.dtype, device=self.device)
+        eager = self.device.type == "cpu" and type(self.packed) is torch.Tensor and not torch.compiler.is_compiling()
+        decode = _decode_chunks if eager else _decode
+        decode(self.packed, self.scales(), self.scheme, self.numel(), self.block, out.view(-1))
+        return out
+
+    def state_dict(self):
+        """Plain values and tensors: torch.load(weights_only=True) reads it back."""
+        meta = {"shape": list(self.shape), "scheme": self.scheme, "block_size": self.block_size, "dtype": str(self.dtype).removeprefix("torch.")}
+        return meta | self.tensors()
+
+    @classmethod
+    def from_state(cls, state):
+        """The inverse of state_dict. ValueError where keys, types or lengths do not fit, before anything is allocated."""
+        missing = {"shape", "scheme", "block_size", "dtype", "packed", "absmax"} - state.keys()
+        if missing:
+            raise ValueError(f"quantized tensor lacks {', '.join(sorted(missing))}")
+        dtype = getattr(torch, str(state["dtype"]), None)
+        _check_spec(state["scheme"], state["block_size"])
+        return cls(torch.Size(state["shape"]), state["scheme"], state["block_size"], dtype, state["packed"], state["absmax"],
+                   state.get("absmax2"), state.get("offset"))
+
+
+def _block(shape, block_size):
+    return block_size or (shape[-1] if len(shape) else 1)
+
+
+def _lengths(shape, scheme, block_size, double):
+    n = math.prod(shape)
+    blocks = -(-n // _block(shape, block_size))
+    lengths = {"packed": n if scheme == "int8" else (n + 1) // 2, "absmax": blocks}
+    return lengths | ({"absmax2": -(-blocks // NESTED_BLOCK), "offset": 1} if double else {})
+
+
+def _check_spec(scheme, block_size):
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(str(scheme), SCHEMES) or SCHEMES
+        raise ValueError(f"unknown scheme {scheme!r}; nearest: {', '.join(near)}")
+    if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
+        raise ValueError(f"block_size is {block_size!r}; it must be a power of two from 16 to 4096, or 'row'")
+
+
+def quantize(weight, scheme, block_size=64, double=False, name="weight"):
+    """Tensor of any shape, float32, bfloat16 or float16 -> QuantizedTensor.
+
+    scheme: "nf4", "linear4", "int4" or "int8". block_size: 16 .. 4096, elements in row-major order that share a scale;
+    None or "row": the last dimension (with int8: LLM.int8, Dettmers et al. 2022). double: the scales in 8 bits (QLoRA, section 3).
+    ValueError for anything else, and for a weight that is not finite (`name` says which).
+    """
+    block_size = None if block_size == "row" else block_size
+    _check_spec(scheme, block_size)
+    if not weight.dtype.is_floating_point:
+        raise ValueError(f"{name} is {weight.dtype}; only floating-point weights can be quantized")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} is empty: shape {tuple(weight.shape)}")
+    weight = weight.detach()
+    packed, absmax = _encode_chunks(weight.reshape(-1), scheme, _block(weight.shape, block_size))
+    if not bool(absmax.isfinite().all()):
+        raise ValueError(f"{name} holds NaN or infinity, in {int((~absmax.isfinite()).sum())} of {absmax.numel()} blocks")
+    nested = _encode_scales(absmax) if double else (absmax,)
+    return QuantizedTensor(weight.shape, scheme, block_size, weight.dtype, packed, *nested)
+
+
+def _encode_scales(absmax):
+    """Double quantization: absmax (n,) float32 -> codes (n,) uint8, their scales (ceil(n / 256),), offset ()."""
+    offset = absmax.mean()
+    codes, absmax2 = _encode(absmax - offset, "dynamic", NESTED_BLOCK)
+    return codes, absmax2, offset
+
+
+# -----------------------------------------------------------------------------
+# the layer
+
+
+_scratch = {}
+
+
+def _dense(weight, dtype):
+    """weight, a Tensor or QuantizedTensor (out, in), as a Tensor of dtype that is good until the next call.
+
+    On a CPU the kernel hands out fresh memory page by page, which costs more than the arithmetic; so one buffer for each
+    dtype is kept and grows to the largest weight. An accelerator's allocator keeps freed memory itself. Fake tensors
+    and compiled code take the plain path.
+    """
+    if isinstance(weight, torch.Tensor) and weight.dtype == dtype:
+        return weight
+    packed = weight if isinstance(weight, torch.Tensor) else weight.packed
+    n, plain = math.prod(weight.shape), type(packed) in (torch.Tensor, nn.Parameter)
+    if torch.compiler.is_compiling() or packed.device.type != "cpu" or not plain:
+        return weight.to(dtype) if isinstance(weight, torch.Tensor) else weight.dequantize(dtype)
+    if dtype not in _scratch or _scratch[dtype].numel() < n:
+        with torch.inference_mode(False):
+            _scratch[dtype] = torch.empty(n, dtype=dtype)
+    out = _scratch[dtype][:n].view(weight.shape)
+    return out.copy_(weight) if isinstance(weight, torch.Tensor) else weight.dequantize(out=out)
+
+
+@torch.compiler.disable
+def _dropped(x, p, seed):
+    """The mask that seed stands for, in x's type: 0 or 1 / (1 - p)."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    return torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+
+
+class LoRALinear(torch.autograd.Function):
+    """
+    QLoRA's linear layer (Dettmers et al. 2023, eq. 5 and 6). W lies in storage and is dequantized when used, twice.
+
+        forward     x' = m * x                       m: dropout's mask over 1 - p, or 1
+                    u  = x' A^T                      (N, r)
+                    y  = x W^T + b + s u B^T         (N, out)
+
+        backward    v  = g B                         (N, r), g = dL/dy
+                    dx = g W + s m * (v A)
+                    dA = s v^T x'
+                    dB = s g^T u                     u computed again
+                    db = sum of g over N             where b is trained (BitFit)
+
+    Saved: x, once (not at all without A and B), the parameters and the stored W. The mask comes back from its seed.
+    """
+
+    @staticmethod
+    def forward(ctx, x, A, B, bias, s, p, seed, meta, *tensors):
+        weight = tensors[0] if meta is None else QuantizedTensor(*meta, *tensors)
+        x2 = x.reshape(-1, x.shape[-1])
+        W = _dense(weight, x.dtype)
+        y = x2 @ W.T if bias is None else torch.addmm(bias.to(x.dtype), x2, W.T)
+        if A is not None:
+            low = x2 if seed is None else x2 * _dropped(x2, p, seed)
+            y.addmm_(low @ A.to(x.dtype).T, B.to(x.dtype).T, alpha=s)
+        ctx.save_for_backward(x if A is not None and any(ctx.needs_input_grad[1:3]) else None, A, B, *tensors)
+        ctx.dtype, ctx.rest = x.dtype, (s, p, seed, meta, None if bias is None else bias.dtype, x.shape)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, A, B, *tensors = ctx.saved_tensors
+        s, p, seed, meta, bias_dtype, shape = ctx.rest
+        need_x, need_A, need_B, need_bias = ctx.needs_input_grad[:4]
+        g = g.reshape(-1, g.shape[-1])
+        dx = dA = dB = None
+        mask = None if seed is None else _dropped(g.new_empty(len(g), shape[-1]), p, seed)
+        if A is not None:
+            a, b = A.to(g.dtype), B.to(g.dtype)
+            v = g @ b
+            if need_A or need_B:
+                low = x.reshape(-1, shape[-1]) if mask is None else x.reshape(-1, shape[-1]) * mask
+                dA = (v.T @ low).to(A.dtype).mul_(s) if need_A else None
+                dB = (g.T @ (low @ a.T)).to(B.dtype).mul_(s) if need_B else None
+        if need_x:
+            dx = g @ _dense(tensors[0] if meta is None else QuantizedTensor(*meta, *tensors), g.dtype)
+            if A is not None and mask is None:
+                dx.addmm_(v, a, alpha=s)
+            elif A is not None:
+                dx.addcmul_(v @ a, mask, value=s)
+            dx = dx.view(shape)
+        db = g.sum(0, dtype=bias_dtype) if need_bias else None
+        return dx, dA, dB, db, None, None, None, None, *(None for _ in tensors)
+
+
+def lora_linear(x, W, bias, A, B, s, dropout=0.0, training=False):
+    """y = x W^T + bias + s (x' A^T) B^T with x' = dropout(x); see LoRALinear. y is of x's type, the compute type.
+
+    x (..., in); W: Tensor or QuantizedTensor (out, in), frozen; bias (out,) or None; A (r, in) and B (out, r), or both None;
+    s: float.
+    """
+    seed = None
+    if dropout and training and A is not None:
+        seed = int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
+    meta, tensors = (None, (W,)) if isinstance(W, torch.Tensor) else (W.meta, W.tensors().values())
+    return LoRALinear.apply(x, A, B, bias, s, dropout, seed, meta, *tensors)
+
+
+class QuantLinear(nn.Module):
+    """A frozen nn.Linear in storage: its quantized tensors are buffers, so they move, save and broadcast with the model."""
+
+    def __init__(self, q, bias=None, compute_dtype=None):
+        super().__init__()
+        self.out_features, self.in_features = q.shape
+        self.meta = q.meta
+        self.compute_dtype = compute_dtype
+        for name, tensor in q.tensors().items():
+            self.register_buffer(name, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_quantized(cls, q, bias=None, compute_dtype=None):
+        """q: QuantizedTensor (out, in); compute_dtype: None for the type of the input."""
+        return cls(q, bias, compute_dtype)
+
+    @classmethod
+    def from_linear(cls, linear, scheme, block_size=64, double=False, name="weight", compute_dtype=None):
+        return cls(quantize(linear.weight, scheme, block_size, double, name), linear.bias, compute_dtype)
+
+    @property
+    def weight_q(self):
+        return QuantizedTensor(*self.meta, *self._buffers.values())
+
+    def dequantize(self, dtype=None):
+        return self.weight_q.dequantize(dtype)
+
+    def forward(self, x):
+        return lora_linear(x.to(self.compute_dtype or x.dtype), self.weight_q, self.bias, None, None, 0.0)
+
+    def _apply(self, fn, recurse=True):
+        """model.bfloat16() must move the scales but not round them."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            if self._buffers[name].dtype != old.dtype:
+                self._buffers[name] = old.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self):
+        q = self.weight_q
+        return f"{self.in_features}, {self.out_features}, {q.scheme}, block_size={q.block_size or 'row'}, double={q.double}, bias={self.bias is not None}"
+
+
+def quantize_model(model, scheme, block_size=64, double=False, skip=(), targets=("q", "k", "v", "out", "up", "gate", "down")):
+    """Replace the linear layers whose last name component is in targets by QuantLinear, in place, one at a time.
+
+    skip: names to leave alone, last components or whole ones. Returns (replaced, linear layers there were). ValueError where nothing matched.
+    """
+    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    chosen = [name for name, _ in linears if name.split(".")[-1] in targets and not {name, name.split(".")[-1]} & set(skip)]
+    if not chosen:
+        there = sorted({name.split(".")[-1] for name, _ in linears})
+        raise ValueError(f"no linear layer matched {', '.join(targets)}; there are {', '.join(there) or 'none'}")
+    total = len(linears)
+    del linears
+    for name in chosen:
+        parent, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent)
+        setattr(parent, leaf, QuantLinear.from_linear(getattr(parent, leaf), scheme, block_size, double, name + ".weight"))
+    return len(chosen), total
