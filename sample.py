@@ -1,0 +1,64 @@
+"""
+A prompt in, text out.
+
+    python sample.py out/qlora --prompt "name[The Plough], eatType[pub], food[French]"     # a run of train.py
+    python sample.py out/qlora out/lora --prompt "..."                                     # the same from each
+    python sample.py DIR --prompt "Once upon a time" --temperature 0.8 --top_k 50          # a base or merged model
+"""
+
+import argparse
+import os
+import sys
+
+
+def parse(args):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="+", help="folders: runs of train.py, or models in Hugging Face layout")
+    parser.add_argument("--prompt", action="append", help="may be given several times; none: only the beginning-of-sequence token")
+    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--top_k", type=int)
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    return parser.parse_args(args)
+
+
+def stream(model, tokenizer, prompt, args):
+    """Yields the text of the continuation in pieces, as soon as they are certain."""
+    import torch
+    generator = torch.Generator(model.head.weight.device).manual_seed(args.seed)
+    ids, told = [], ""
+    for token in model.stream([tokenizer.encode_pair(prompt, "")[0]], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                              tokenizer.eos, generator):
+        if token.item() != tokenizer.eos:
+            ids.append(token.item())
+        text = tokenizer.decode(ids)
+        if text.startswith(told) and not text.endswith("\ufffd"):       # half a character is waited for
+            yield text[len(told):]
+            told = text
+    yield tokenizer.decode(ids)[len(told):]
+
+
+def main(args):
+    import data
+    import train
+    for folder in args.model:
+        model, tokenizer, config = train.load_run(folder, args.device, args.dtype)
+        for prompt in args.prompt or [""]:
+            if len(args.model) > 1:
+                print(f"--- {folder}")
+            print(prompt, end=" " if prompt else "")
+            for piece in stream(model, tokenizer, data.format_prompt(prompt, config.template), args):
+                print(piece, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    ARGS = parse(sys.argv[1:])
+    from train import run_main
+    try:
+        run_main(main, ARGS)
+    except BrokenPipeError:
+        os._exit(0)
