@@ -1,0 +1,928 @@
+"""
+Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text; the tokenizer; masked batches.
+
+    python data.py                               # a look at the embedded data
+    python data.py download e2e DIR              # the E2E challenge's files, checked; --archive ZIP where there is no network
+
+    corpus = load("embedded")                                        # .train, .val, .test: lists of Example
+    encoded = encode(corpus.train, tokenizer, block_size=256)
+    tokens, targets = next(Batches(encoded, batch_size=16, seed=1))  # (B, T) int64 both; target -1 is ignored
+
+Prompt and completion are tokenized apart from each other, in training and in generation alike: so the prompt's tokens never
+depend on what follows, and the mask is a position. (Tokenizing their concatenation may merge across the border.)
+"""
+
+import argparse
+import csv
+import functools
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import stat
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+
+@dataclass
+class Example:
+    prompt: str                  # a meaning representation, an instruction, or nothing
+    references: list[str]        # different texts for it
+
+
+@dataclass
+class Data:
+    train: list[Example]
+    val: list[Example]
+    test: list[Example]
+    kind: str                    # "mr" (meaning representations), "pairs" or "text"
+    name: str
+    fingerprint: str = field(init=False)   # SHA-256 of the content
+
+    def __post_init__(self):
+        content = [[[example.prompt, example.references] for example in split] for split in (self.train, self.val, self.test)]
+        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# the embedded world: values
+
+ADJECTIVES = """Silver Golden Copper Crimson Ivory Scarlet Blue Green White Black Quiet Hungry Merry Old Little Crooked Velvet Wild
+    Lazy Lucky Hidden Rusty Gilded Painted Hollow Laughing Sleepy Burning Midnight Proud Humble Dancing Whistling Salty Honest Clever
+    Gentle Wandering Jolly Brave""".split()
+NOUNS = """Heron Lantern Fox Badger Anchor Kettle Orchard Thistle Barrel Spoon Swan Otter Magpie Compass Harvest Oak Willow Rooster
+    Pheasant Boar Bell Crown Key Wheel Plough Mill Larder Table Oven Pepper Olive Fig Lemon Clove Saffron Juniper Sparrow Raven Hare
+    Stag""".split()
+PEOPLE = """Alba Bruno Carla Dario Elsa Felix Greta Hugo Iris Jonas Kamal Leila Marta Nadia Oscar Priya Rosa Samir Tilda Ursula Viktor
+    Wanda Yusuf Zara Amara Benno Celeste Dmitri Esme Farid""".split()
+PLACES = [f"{first} {second}" for first in """Linden Hartley Marlow Ashgrove Kingsway Fenwick Queensbury Holloway Brightwell Castlegate
+    Northbrook Millbrook Elmwood Saltmarsh Wexford Foundry Granary Victoria Mercer Abbot Primrose Tanner""".split()
+          for second in "Station Hotel Bridge Market Park Museum Theatre Library Gardens Cathedral Arcade Hall Stadium Lodge".split()]
+EAT_TYPES = "restaurant,pub,coffee shop,bistro,wine bar,tearoom,brasserie,diner,café,canteen,tavern,inn".split(",")
+FOODS = """Italian French Indian Japanese Chinese Thai Greek Spanish Mexican Turkish English Korean Vietnamese Lebanese Ethiopian American
+    Portuguese Moroccan Peruvian Caribbean vegetarian vegan seafood""".split() + ["fast food"]
+PRICES = ("cheap", "moderate", "high", "less than £10", "less than £15", "less than £20", "£10-15", "£15-20", "£20-25", "£25-30",
+          "more than £25", "more than £30", "more than £40")
+RATINGS = ("low", "average", "high", "1 out of 5", "2 out of 5", "3 out of 5", "4 out of 5", "5 out of 5")
+AREAS = {"city centre": ("in the {}", "in the {} area", "right in the {}"), "riverside": ("in the {} area", "on the {}", "at the {}"),
+         "old town": ("in the {}", "in the heart of the {}"), "harbour": ("by the {}", "at the {}", "in the {} area"),
+         "market square": ("on the {}", "on the {}", "just off the {}"), "university quarter": ("in the {}",), "north end": ("in the {}", "in the {} of town"),
+         "seafront": ("on the {}", "along the {}"), "station quarter": ("in the {}",), "Castle Hill": ("on {}", "in the {} area"),
+         "theatre district": ("in the {}",), "docklands": ("in the {}", "in the {} area")}
+
+# attribute, its values, how often a representation has it; the order is the E2E challenge's
+ATTRIBUTES = (("eatType", EAT_TYPES, .85), ("food", FOODS, .8), ("priceRange", PRICES, .65), ("customer rating", RATINGS, .6),
+              ("area", tuple(AREAS), .7), ("familyFriendly", ("yes", "no"), .6), ("near", PLACES, .6))
+
+
+class Draw:
+    """Draws from a seeded generator; faster than random.choice, which the corpus would call half a million times."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed).random
+
+    def __call__(self, values):
+        return values[int(self.random() * len(values))]
+
+    def chance(self, p):
+        return self.random() < p
+
+    def shuffled(self, values):
+        return sorted(values, key=lambda _: self.random())
+
+
+def _names():
+    """Every name of the world, 3,340 of them, in a fixed random order."""
+    names = [f"The {a} {n}" for a in ADJECTIVES for n in NOUNS] + [f"{a} {n}" for a in ADJECTIVES[::2] for n in NOUNS[::2]]
+    names += [f"The {a} and {b}" for a in NOUNS[::2] for b in NOUNS[1::2]]
+    names += [f"{p}'s {kind}" for p in PEOPLE for kind in ("Kitchen", "Place", "Table", "Corner")] + [f"{p}'s" for p in PEOPLE]
+    return Draw(0).shuffled(names + [f"Chez {p}" for p in PEOPLE] + [f"Casa {p}" for p in PEOPLE] + [f"Café {n}" for n in NOUNS])
+
+
+def _representation(draw, names):
+    """A random place: {attribute: value}, of three to eight attributes."""
+    while True:
+        mr = {"name": draw(names)} | {key: draw(values) for key, values, p in ATTRIBUTES if draw.chance(p)}
+        if len(mr) > 2:
+            return mr
+
+
+def format_mr(mr):
+    """{attribute: value} -> "name[X], eatType[pub]"."""
+    return ", ".join(f"{key}[{value}]" for key, value in mr.items())
+
+
+# -----------------------------------------------------------------------------
+# the embedded world: phrases. Each attribute has four shapes; a sentence plan chooses among them.
+
+
+@functools.cache
+def _phrases(key, value):
+    """(before the noun, verb phrases, after the noun, whole sentences without the stop), each a tuple, some empty."""
+    if key == "food":
+        foods = (value,) if value in ("seafood", "fast food") else tuple(f"{value} {noun}" for noun in ("food", "dishes", "cuisine", "food"))
+        return ((value,), tuple(f"{verb} {food}" for food in foods for verb in ("serves", "serves", "offers", "specialises in")),
+                tuple(f"{verb} {food}" for food in foods for verb in ("serving", "serving", "offering", "specialising in")),
+                tuple(f"the menu features {food}" for food in foods) + tuple(f"the kitchen serves {food}" for food in foods))
+    if key == "priceRange" and value in ("cheap", "moderate", "high"):
+        adjectives, plain = {"cheap": (("cheap", "low-priced", "inexpensive"), "low"), "moderate": (("moderately priced", "mid-priced"), "moderate"),
+                             "high": (("expensive", "high-priced"), "high")}[value]
+        return (adjectives, (*(f"is {a}" for a in adjectives), f"has {plain} prices", f"has {_a(value if value != 'cheap' else 'low')} price range"),
+                (f"with {plain} prices",), (f"prices are {plain}", f"the prices are {plain}", f"the food is {adjectives[0]}"))
+    if key == "priceRange":
+        band = value[0] == "£"
+        return ((), (f"has a price range of {value}", f"has meals for {value}", f"charges {value} for a meal"),
+                (f"with a price range of {value}", f"with meals for {value}"),
+                (f"expect to pay {value}", f"meals cost {value}", f"a meal costs {value}", f"prices are in the {value} range" if band else f"you will pay {value}"))
+    if key == "customer rating" and value in ("low", "average", "high"):
+        before = {"low": ("poorly rated",), "average": (), "high": ("highly rated",)}[value]
+        return (before, (f"has {_a(value)} customer rating", f"has {_a(value)} rating from its customers", *(f"is {b} by its customers" for b in before)),
+                (f"with {_a(value)} customer rating",), (f"its customer rating is {value}", f"customer ratings are {value}"))
+    if key == "customer rating":
+        return ((), (f"has a customer rating of {value}", f"is rated {value} by its customers", f"is rated {value}"),
+                (f"with a customer rating of {value}", f"rated {value} by its customers"),
+                (f"customers rate it {value}", f"its customer rating is {value}", f"customers give it {value}"))
+    if key == "familyFriendly" and value == "yes":
+        return (("family-friendly", "family-friendly", "child-friendly"), ("is family-friendly", "is child-friendly", "welcomes families", "welcomes children", "is suitable for families"),
+                ("where families are welcome", "where children are welcome"), ("children are welcome", "families are welcome", "you can bring the children"))
+    if key == "familyFriendly":
+        return (("adults-only",), ("is not family-friendly", "is not child-friendly", "does not welcome children", "is not suitable for families", "is for adults only"),
+                ("where children are not welcome", "for adults only"), ("children are not welcome", "families are not welcome", "you should leave the children at home"))
+    places = tuple(p.format(value) for p in AREAS[value]) if key == "area" else tuple(f"{p} {value}" for p in ("near", "near", "close to", "not far from", "next to"))
+    return (), tuple(f"{verb} {p}" for p in places for verb in ("is", "is located", "can be found", "is situated")), places, tuple(f"you will find it {p}" for p in places)
+
+
+BEFORE, VERB, AFTER, SENTENCE = range(4)
+POLARITY = {"yes": 1, "no": -1, "low": -1, "1 out of 5": -1, "2 out of 5": -1, "4 out of 5": 1, "5 out of 5": 1}
+
+
+def _polarity(key, value):
+    """Praise 1, blame -1, neither 0: decides between "and" and "but"."""
+    if key == "priceRange":
+        return {"cheap": 1, "high": -1}.get(value, 0)
+    return 1 if key == "customer rating" and value == "high" else POLARITY.get(value, 0) if key in ("familyFriendly", "customer rating") else 0
+
+
+def _a(phrase):
+    return f"{'an' if phrase[0] in 'aeiouAEIOU' else 'a'} {phrase}"
+
+
+def _upper(text):
+    return text[0].upper() + text[1:]
+
+
+def _and(parts, last=" and "):
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + last + parts[-1]
+
+
+def _tell(draw, mr, keys, shape):
+    """A phrase of that shape for each attribute, joined by and or but."""
+    parts = [draw(_phrases(key, mr[key])[shape]) for key in keys]
+    signs = [_polarity(key, mr[key]) for key in keys]
+    clash = len(keys) > 1 and signs[-1] * signs[-2] < 0
+    if shape == SENTENCE and len(parts) == 2:
+        return f"{parts[0]}, {'but' if clash else 'and'} {parts[1]}"
+    return _and(parts, " but " if clash and len(parts) == 2 else " and ")
+
+
+def noun_phrase(draw, mr, keys):
+    """"a cheap, family-friendly Thai pub": the noun with the given attributes before it."""
+    noun = mr.get("eatType") or draw(("place", "venue", "place to eat"))
+    words = [draw(_phrases(key, mr[key])[BEFORE]) for key in ("customer rating", "priceRange", "familyFriendly") if key in keys]
+    return _a(" ".join(filter(None, (", ".join(words), mr["food"] if "food" in keys else "", noun))))
+
+
+def describe(draw, mr):
+    """One English text that says everything in mr, a {attribute: value}: a plan for the first sentence, then what is left."""
+    name, facts = mr["name"], [key for key in ("food", "priceRange", "customer rating", "familyFriendly") if key in mr]
+    before = [key for key in facts if _phrases(key, mr[key])[BEFORE] and draw.chance(.62 if key == "food" else .33)][:3]
+    facts = draw.shuffled([key for key in facts if key not in before])
+    where = [key for key in ("area", "near") if key in mr]
+    if len(where) == 2 and draw.chance(.3):                      # one of the two waits for a later sentence
+        facts.append(where.pop(int(draw.random() * 2)))
+    elif where and draw.chance(.12):
+        facts += where
+        where = []
+    if len(where) == 2 and draw.chance(.4):
+        where.reverse()
+    L = draw((" ", ", ", " ")).join(draw(_phrases(key, mr[key])[AFTER]) for key in where)
+    bare = "eatType" not in mr and not before
+    NP = noun_phrase(draw, mr, before)
+    called = draw(("called", "called", "named"))
+    at = f" {L}" if L else ""
+
+    tail = ""                                                    # one more fact behind the noun
+    ahead = [key for key in facts if key not in ("area", "near")]
+    takes_tail = ahead and draw.chance(.5)
+
+    def behind():
+        facts.remove(ahead[0])
+        phrase = _tell(draw, mr, ahead[:1], AFTER)
+        return f"{',' if phrase.startswith('where') else ''} {phrase}"
+
+    plan = draw.random()
+    if bare and ahead:                                           # nothing to say about the noun: verbs at once
+        keys = ahead[:2]
+        facts = [key for key in facts if key not in keys]
+        first = f"{_upper(L)}, {name} {_tell(draw, mr, keys, VERB)}" if L and plan < .4 else \
+                f"Located {L}, {name} {_tell(draw, mr, keys, VERB)}" if L and plan < .6 else \
+                f"{name}{f', {L},' if L else ''} {_tell(draw, mr, keys, VERB)}"
+    elif bare and L:
+        first = draw((f"{name} is located {L}", f"{name} can be found {L}", f"You will find {name} {L}", f"{_upper(L)}, you will find {name}"))
+    elif plan < .3:
+        first = f"{name} is {NP}{at}{behind() if takes_tail else tail}"
+    elif plan < .42 and L:
+        first = f"{_upper(L)}, there is {NP} {called} {name}"
+    elif plan < .5 and L:
+        first = f"{_upper(L)}, you will find {name}, {NP}{behind() if takes_tail else tail}"
+    elif plan < .57 and L:
+        first = f"Located {L}, {name} is {NP}{behind() if takes_tail else tail}"
+    elif plan < .63 and L:
+        first = f"{_upper(NP)} {called} {name} can be found {L}"
+    elif plan < .72:
+        first = f"There is {NP} {called} {name}{at}"
+    elif plan < .84 and ahead:
+        keys = ahead[:2] if draw.chance(.5) else ahead[:1]
+        facts = [key for key in facts if key not in keys]
+        first = f"{name}, {NP}{at}, {_tell(draw, mr, keys, VERB)}"
+    elif plan < .92:
+        first = f"{draw(('If you are looking for', 'If you want', 'For'))} {NP}{at}, {draw(('try', 'go to', 'visit'))} {name}"
+    else:
+        first = f"{name} is {NP}{at}"
+    sentences, noun, said_it = [first], mr.get("eatType") or "place", False
+    while facts:                                                 # what is left, one to three facts a sentence
+        keys, facts = facts[:(n := draw((1, 2, 2, 3)))], facts[n:]
+        if draw.chance(.3) and len(keys) < 3:
+            sentences.append(_upper(_tell(draw, mr, keys, SENTENCE)))
+            continue
+        told = _tell(draw, mr, keys, VERB)
+        if said_it:
+            told = re.sub("^(is|can) ", r"\1 also ", told) if told.startswith(("is ", "can ")) else told if "not" in told.split()[:2] else f"also {told}"
+        sentences.append(f"{draw(('It', 'It', 'It', f'The {noun}'))} {told}")
+        said_it = True
+    return ". ".join(sentences) + "."
+
+
+@functools.cache
+def _embedded():
+    """[train, val, test], each a list of Example: 1500, 100 and 100 representations. Half of the names in val and test are in neither
+    train nor the plain text."""
+    draw, names, seen, splits = Draw(1), _names(), set(), []
+    known, unknown = names[:400], names[400:460]
+    for count, pool in ((1500, known), (100, known[:60] + unknown), (100, known[:60] + unknown)):
+        split = []
+        while len(split) < count:
+            mr = _representation(draw, pool)
+            prompt = format_mr(mr)
+            if prompt in seen:
+                continue
+            seen.add(prompt)
+            references, wanted = {}, draw((3, 4, 5))
+            while len(references) < wanted:                      # a dict keeps the order and drops what came twice
+                references[describe(draw, mr)] = None
+            split.append(Example(prompt, list(references)))
+        splits.append(split)
+    return splits
+
+
+# -----------------------------------------------------------------------------
+# the embedded world: plain text. It tells the same things in other shapes, and tells them twice, which is what teaches a
+# small model to look back and copy. No representation, and nothing of the kind "list of facts, then the sentence".
+
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+OPINIONS = """The staff were friendly and the soup was hot.|We had to wait for a table, but it was worth it.|The portions were generous.|
+    The bread was fresh from the oven.|Service was slow that evening.|The room was noisy, yet we enjoyed ourselves.|The dessert was the best part.|
+    The waiter knew every dish by heart.|Our table by the window was lovely.|The coffee came cold and the bill came late.|
+    We will certainly come back.|I would not go there again.|The music was a little loud.|They found us a quiet corner at once."""
+OPINIONS = [opinion.strip() for opinion in OPINIONS.split("|")]
+PAPERS = ("The Evening Post", "The City Paper", "The Weekend Guide", "The Morning Echo")
+
+
+def _paraphrase(draw, mr):
+    a, b = describe(draw, mr), describe(draw, mr)
+    return draw(("{a}\n\nIn other words: {b}", "The guide says: {a} The paper agrees: {b}", "{a}\n{b}", "{who} wrote: \"{a}\" {other} wrote: \"{b}\"",
+                 "{paper} | Food and drink | Page {page}\n{a}\nA reader adds: {b}")).format(
+        a=a, b=b, who=draw(PEOPLE), other=draw(PEOPLE), paper=draw(PAPERS), page=1 + int(draw.random() * 40))
+
+
+def _review(draw, mr):
+    name, noun = mr["name"], mr.get("eatType", "place")
+    opening = draw((f"We went to {name} last {draw(DAYS)}.", f"I had lunch at {name} on {draw(DAYS)}.", f"My friend {draw(PEOPLE)} took me to {name}.",
+                    f"{draw(PEOPLE)} told me about {name}."))
+    ending = draw((f"All in all, {name} is a {noun} to remember.", f"So much for {name}.", f"That was our evening at {name}.", f"I gave {name} a second chance.")) \
+        if noun[0] not in "aeiou" else f"That was our evening at {name}."
+    return f"{opening} {describe(draw, mr)} {draw(OPINIONS)} {draw(OPINIONS)} {ending}"
+
+
+def _dialogue(draw, mr):
+    a, b = draw(PEOPLE), draw(PEOPLE)
+    name, lines = mr["name"], []
+    asks = {"food": ("What do they serve there?", "What kind of food is it?"), "priceRange": ("Is it expensive?", "What does a meal cost?"),
+            "customer rating": ("Do people like it?", "How is it rated?"), "familyFriendly": ("Can I bring the children?", "Is it family-friendly?"),
+            "area": ("Where is it?", "Which part of town is that?"), "near": ("What is it near?", "How do I find it?")}
+    for key in draw.shuffled([key for key in mr if key in asks])[:4]:
+        subject = draw((name, name, "It"))
+        lines.append(f"{a}: {draw(asks[key])}\n{b}: {subject} {_tell(draw, mr, [key], VERB)}.")
+    first = draw((f"{a}: Have you heard of {name}?\n{b}: {describe(draw, {k: mr[k] for k in list(mr)[:3]})}", f"{a}: Tell me about {name}.\n{b}: Gladly.",
+                  f"{a}: Shall we go to {name} on {draw(DAYS)}?\n{b}: Why not?"))
+    last = draw((f"{a}: Then I will meet you at {name}.", f"{a}: Thank you. {describe(draw, mr)} I will remember that.", f"{a}: {name} it is, then."))
+    return "\n".join([first, *lines, last])
+
+
+def _search(draw, mr):
+    """Somebody wants something; somebody finds it, in the same words."""
+    keys = [key for key in mr if key != "name"]
+    wanted = draw.shuffled(keys)[:3]
+    noun = noun_phrase(draw, mr, [key for key in wanted if _phrases(key, mr[key])[BEFORE]] if "eatType" not in wanted else []) if "eatType" in mr else \
+        _a(draw(("place", "venue")))
+    rest = [draw(_phrases(key, mr[key])[AFTER]) for key in wanted if key in ("area", "near")]
+    who = draw(PEOPLE)
+    return f"{who} was looking for {' '.join([noun, *rest])}. {draw(PEOPLE)} said: \"{describe(draw, mr)}\" So {who} went to {mr['name']} on {draw(DAYS)}."
+
+
+def _walk(draw, mr, names):
+    """Two or three places that share a part of town."""
+    shared = {key: mr[key] for key in ("area", "near") if key in mr}
+    places = [mr] + [_representation(draw, names) | shared for _ in range(draw((1, 1, 2)))]
+    told = " ".join(describe(draw, place) for place in places)
+    listed = _and([place["name"] for place in places])
+    return draw((f"{told} We liked {listed}.", f"{told}\nBoth have their friends: {listed}." if len(places) == 2 else f"{listed}: three places. {told}",
+                 f"{listed} are not far from each other. {told}"))
+
+
+@functools.cache
+def plain_text():
+    """The world of the embedded corpus as plain paragraphs, about 2 MB: list of str, always the same. The names held out from
+    train are not in it, and no representation is."""
+    draw, names = Draw(2), _names()
+    known = names[:400] * 3 + names[460:]                        # a third of the places bear a name of the train split
+    shapes = (_paraphrase,) * 4 + (_review,) * 2 + (_dialogue,) * 2 + (_search,) * 2 + (functools.partial(_walk, names=known),) * 2
+    return [draw(shapes)(draw, _representation(draw, known)) for _ in range(6000)]
+
+
+# -----------------------------------------------------------------------------
+# meaning representations as prompts
+
+MR = re.compile(r"\s*[\w ]+\[[^\[\]]+\]\s*(,\s*[\w ]+\[[^\[\]]+\]\s*)*")
+PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}     # as the LoRA paper's data has them
+
+
+def parse_mr(text):
+    """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None where text is of another form."""
+    if not MR.fullmatch(text):
+        return None
+    return {key.strip(): value.strip() for key, value in re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)}
+
+
+def format_prompt(mr, template):
+    """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (Hu et al. 2021), "raw" the text and a line's end.
+    A prompt of another form stays as it is."""
+    if template not in ("pipe", "raw"):
+        raise ValueError(f"template is {template!r}; it must be pipe or raw")
+    attributes = parse_mr(mr)
+    if attributes is None:
+        return mr
+    if template == "raw":
+        return mr + "\n"
+    return " | ".join(f"{PIPE_KEYS.get(key, key)} : {value}" for key, value in attributes.items()) + "||"
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def load(name_or_path="embedded"):
+    """The data of that name or path, as Data.
+
+    "embedded" is the corpus above, "plain" its plain text. Paths: a folder with the E2E challenge's devset.csv or trainset.csv
+    and testset_w_refs.csv, or with train.jsonl, val.jsonl and test.jsonl; or one file, .csv, .jsonl or .txt (paragraphs
+    divided by blank lines). A split that has no file is cut off the train split, by prompt, so that splits share none.
+    ValueError: nothing known there, or a file that is empty, broken (the line is named) or without the columns.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if name == "embedded":
+        return Data(*_embedded(), "mr", name)
+    if name == "plain":
+        return _with_splits([Example("", [text]) for text in plain_text()], None, None, "text", name)
+    if path.is_dir():
+        return _load_folder(path, name)
+    readers = {".csv": (_read_csv, "mr"), ".jsonl": (_read_jsonl, "pairs"), ".txt": (_read_txt, "text")}
+    if not path.is_file():
+        raise ValueError(f"{name}: no such file or folder, nor one of the names embedded, plain")
+    if path.suffix not in readers:
+        raise ValueError(f"{name}: a data file ends in {', '.join(readers)}")
+    read, kind = readers[path.suffix]
+    return _with_splits(read(path), None, None, kind, name)
+
+
+def _load_folder(path, name):
+    found = sorted(file.name for file in path.iterdir())
+
+    def read(reader, *candidates):
+        return next((reader(path / file) for file in candidates if file in found), None)
+
+    if "trainset.csv" in found:
+        return _with_splits(read(_read_csv, "trainset.csv"), read(_read_csv, "devset.csv"), read(_read_csv, "testset_w_refs.csv"), "mr", name)
+    if "devset.csv" in found:                                    # the small half of the challenge: train on it
+        return _with_splits(read(_read_csv, "devset.csv"), None, read(_read_csv, "testset_w_refs.csv"), "mr", name)
+    if "train.jsonl" in found:
+        return _with_splits(*(read(_read_jsonl, f"{split}.jsonl") for split in ("train", "val", "test")), "pairs", name)
+    listed = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
+    raise ValueError(f"{name}: no data there; it must hold trainset.csv or devset.csv, or train.jsonl; found {listed or 'nothing'}")
+
+
+def _with_splits(train, val, test, kind, name):
+    """Cuts a tenth off train (at most 500 prompts) for each split that is None."""
+    missing = (val is None) + (test is None)
+    if len(train) < 1 + missing:
+        raise ValueError(f"{name}: {len(train)} different prompts cannot be split in {1 + missing}; add more, or files for the other splits")
+    order = Draw(0).shuffled(range(len(train)))
+    size = min(500, max(1, len(train) // 10)) if missing else 0
+    if val is None:
+        val, order = [train[i] for i in sorted(order[:size])], order[size:]
+    if test is None:
+        test, order = [train[i] for i in sorted(order[:size])], order[size:]
+    return Data([train[i] for i in sorted(order)], val, test, kind, name)
+
+
+def _read_text(path):
+    try:
+        raw = path.read_bytes()
+        text = raw.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None
+    if not text.strip():
+        raise ValueError(f"{path}: the file is empty")
+    return text
+
+
+def _group(path, pairs):
+    """(prompt, text) pairs -> Examples in order of first appearance."""
+    examples = {}
+    for prompt, text in pairs:
+        examples.setdefault(prompt, Example(prompt, [])).references.append(text)
+    if not examples:
+        raise ValueError(f"{path}: no examples in it")
+    return list(examples.values())
+
+
+def _read_csv(path):
+    """The E2E challenge's form: a header with mr and ref, then a pair a line, quoted where it holds commas."""
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
+    pairs = []
+    try:
+        header = next(reader)
+        if missing := [column for column in ("mr", "ref") if column not in header]:
+            raise ValueError(f"{path}: no column {' and '.join(missing)}; found {', '.join(header)}")
+        line = reader.line_num + 1
+        for row in reader:
+            if row:                                              # a blank line is none
+                if len(row) != len(header):
+                    raise ValueError(f"{path}, line {line}: {len(row)} columns where the header has {len(header)}")
+                cells = dict(zip(header, row))
+                if empty := [column for column in ("mr", "ref") if not cells[column].strip()]:
+                    raise ValueError(f"{path}, line {line}: {empty[0]} is empty")
+                if not MR.fullmatch(cells["mr"]):
+                    raise ValueError(f"{path}, line {line}: {_short(cells['mr'])!r} is no representation; that is attribute[value], ...")
+                pairs.append((cells["mr"], cells["ref"]))
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {max(reader.line_num, 1)}: {error}") from None
+    return _group(path, pairs)
+
+
+def _read_jsonl(path):
+    """A JSON object a line, with prompt and completion; lines of one prompt are references of one Example."""
+    pairs = []
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            line.encode()
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(record, dict) or {"prompt", "completion"} - set(record):
+            found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{path}, line {number}: needs prompt and completion; found {found or 'nothing'}")
+        for key in ("prompt", "completion"):
+            if not isinstance(record[key], str) or re.search("[\ud800-\udfff]", record[key]):
+                raise ValueError(f"{path}, line {number}: {key} is not text")
+        if not record["completion"].strip():
+            raise ValueError(f"{path}, line {number}: completion is empty")
+        pairs.append((record["prompt"], record["completion"]))
+    return _group(path, pairs)
+
+
+def _read_txt(path):
+    """Paragraphs, each once."""
+    paragraphs = re.split(r"\n\s*\n", _read_text(path).replace("\r\n", "\n"))
+    return [Example("", [text]) for text in dict.fromkeys(text.strip("\n") for text in paragraphs) if text.strip()]
+
+
+def _short(text, length=80):
+    return text if len(text) <= length else text[:length - 3] + "..."
+
+
+def _write_atomic(path, content):
+    """All or nothing: a temporary file beside it, then a rename."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+# -----------------------------------------------------------------------------
+# tokenizer
+
+
+class Tokenizer:
+    """SentencePiece, or a tokenizer.json by way of the optional tokenizers package. bos and eos: ids, or None where there is none."""
+
+    def __init__(self, encode, decode, vocab_size, bos, eos, files):
+        self._encode, self._decode, self._files = encode, decode, files       # files: {name: bytes}, what save writes
+        self.vocab_size, self.bos, self.eos = vocab_size, bos, eos
+        self.fingerprint = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in sorted(files.items()))).hexdigest()
+
+    @classmethod
+    def train(cls, texts, vocab_size):
+        """A byte-pair encoding of texts. Every text round-trips: nothing is normalized, what is unknown is spelled in bytes."""
+        texts, model = list(texts), io.BytesIO()
+        if not any(texts):
+            raise ValueError("there is no text to train a tokenizer on")
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
+                character_coverage=1.0, required_chars="|:[]", normalization_rule_name="identity", remove_extra_whitespaces=False,
+                max_sentence_length=2**24, num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+        except RuntimeError as error:
+            raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these {len(texts)} texts: {_short(str(error), 200)}") from None
+        return cls._of_model(model.getvalue())
+
+    @classmethod
+    def load(cls, path):
+        """From a folder or a file: tokenizer.model, tokenizer.json, or the pair vocab.json and merges.txt (GPT-2, OPT)."""
+        path = Path(path)
+        folder, names = (path, ("tokenizer.model", "tokenizer.json", "vocab.json")) if path.is_dir() else (path.parent, (path.name,))
+        name = next((name for name in names if (folder / name).is_file()), None)
+        if name is None:
+            raise ValueError(f"{path}: no tokenizer there; it must hold tokenizer.model or tokenizer.json")
+        content = (folder / name).read_bytes()
+        if name.endswith(".model"):
+            try:
+                return cls._of_model(content)
+            except RuntimeError:
+                raise ValueError(f"{folder / name}: not a SentencePiece model") from None
+        return cls._of_json(folder, name)
+
+    @classmethod
+    def _of_model(cls, content):
+        if not content:
+            raise RuntimeError("empty")
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        bos, eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
+        return cls(model.encode, model.decode, model.vocab_size(), eos if bos is None else bos, eos, {"tokenizer.model": content})
+
+    @classmethod
+    def _of_json(cls, folder, name):
+        try:
+            import tokenizers
+        except ImportError:
+            raise ValueError(f"{folder / name} needs the tokenizers package: pip install tokenizers") from None
+        try:
+            if name == "vocab.json":
+                inner = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(folder / name), str(folder / "merges.txt")))
+                inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+            else:
+                inner = tokenizers.Tokenizer.from_str((folder / name).read_text(encoding="utf-8"))
+        except Exception as error:                               # the package raises bare Exception
+            raise ValueError(f"{folder / name}: not a tokenizer: {_short(str(error), 200)}") from None
+        inner.no_truncation()
+        inner.no_padding()
+        inner.encode_special_tokens = True                       # "<|endoftext|>" inside a text is text, never the end
+        config = _read_config(folder / "tokenizer_config.json")
+        eos = _special(inner, folder, config, "eos", ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"))
+        bos = _special(inner, folder, config, "bos", ("<s>", "<|begin_of_text|>", "<bos>"))
+        bos = eos if bos is None else bos
+        config |= {f"{role}_token": inner.id_to_token(i) for role, i in (("bos", bos), ("eos", eos)) if i is not None}
+        files = {"tokenizer.json": inner.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+        return cls(lambda text: inner.encode(text, add_special_tokens=False).ids, lambda ids: inner.decode(ids, skip_special_tokens=True),
+                   max(inner.get_vocab().values()) + 1, bos, eos, files)
+
+    def encode(self, text):
+        """Token ids, without bos and eos."""
+        return self._encode(text) if text else []
+
+    def decode(self, ids):
+        """The text of token ids; bos, eos and ids beyond the vocabulary give none."""
+        return self._decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in (self.bos, self.eos)])
+
+    def encode_pair(self, prompt, completion):
+        """(prompt ids with bos before them, completion ids with eos after them), tokenized apart from each other."""
+        return self.encode_prompt(prompt), self.encode(completion) + ([] if self.eos is None else [self.eos])
+
+    def encode_prompt(self, prompt):
+        """What generation starts from: exactly the prompt ids of encode_pair."""
+        return ([] if self.bos is None else [self.bos]) + self.encode(prompt)
+
+    def save(self, folder):
+        """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into an existing folder."""
+        for name, content in self._files.items():
+            _write_atomic(Path(folder, name), content)
+
+
+def _read_config(path):
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    return config if isinstance(config, dict) else {}
+
+
+def _special(inner, folder, config, role, usual):
+    """Id of bos or eos: by tokenizer_config.json, else by the model's config.json, else by the usual names."""
+    token = config.get(f"{role}_token")
+    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, str) and inner.token_to_id(token) is not None:
+        return inner.token_to_id(token)
+    i = _read_config(folder / "config.json").get(f"{role}_token_id")
+    i = i[0] if isinstance(i, list) and i else i
+    if isinstance(i, int) and inner.id_to_token(i) is not None:
+        return i
+    return next((i for token in usual if (i := inner.token_to_id(token)) is not None), None)
+
+
+# -----------------------------------------------------------------------------
+# sequences: prompt and completion, masked by position
+#
+#   ids        bos  p  p  p | c  c  c  eos            n_prompt = 4
+#   tokens     bos  p  p  p   c  c  c                 ids[:-1]
+#   targets     -1 -1 -1  c   c  c eos                ids[1:], -1 where the target is prompt
+
+
+@dataclass
+class Encoded:
+    sequences: list              # of (ids, n_prompt)
+    n_cut: int = 0               # sequences that lost their end to block_size
+    n_empty: int = 0             # sequences left out, because nothing in them was supervised
+    n_supervised: int = 0        # targets that count
+    n_tokens: int = 0            # tokens that go in
+
+
+def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True, vocab_size=None):
+    """Examples -> Encoded. With all_references each reference is a sequence of its own, else the first one alone.
+
+    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"); text without a prompt is
+    neither, but goes on in the next sequence. vocab_size: the model's, where it is not the tokenizer's.
+    """
+    if too_long not in ("refuse", "cut"):
+        raise ValueError(f"too_long is {too_long!r}; it must be refuse or cut")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    if not examples:
+        raise ValueError("there are no examples to encode: the split is empty")
+    result = Encoded([])
+    vocab_size = vocab_size or tokenizer.vocab_size
+    for example in examples:
+        prompt = tokenizer.encode_prompt(format_prompt(example.prompt, template))
+        for reference in example.references if all_references else example.references[:1]:
+            ids, n_prompt = prompt + tokenizer.encode(reference), len(prompt)
+            if len(ids) == n_prompt:                             # an end token alone would teach to say nothing
+                result.n_empty += 1
+                continue
+            ids += [] if tokenizer.eos is None else [tokenizer.eos]
+            if (largest := max(ids)) >= vocab_size or min(ids) < 0:
+                at = next(i for i, token in enumerate(ids) if not 0 <= token < vocab_size)
+                raise ValueError(f"token {ids[at]} at index {at} of {_short(example.prompt or reference)!r} is beyond the vocabulary of {vocab_size}")
+            if len(ids) - 1 > block_size and not example.prompt:
+                pieces = [(ids[i:i + block_size + 1], n_prompt if i == 0 else 1) for i in range(0, len(ids) - 1, block_size)]
+            elif len(ids) - 1 > block_size and too_long == "refuse":
+                raise ValueError(f"{_short(example.prompt)!r} and its text have {len(ids) - 1} tokens, block_size is {block_size}; "
+                                 f"raise it, or set too_long to cut")
+            else:
+                result.n_cut += len(ids) - 1 > block_size
+                pieces = [(ids[:block_size + 1], n_prompt)]
+            for piece, n_prompt in pieces:
+                supervised = len(piece) - max(n_prompt, 1)       # the very first token has nothing before it
+                if supervised < 1:
+                    result.n_empty += 1
+                    continue
+                result.sequences.append((piece, n_prompt))
+                result.n_supervised += supervised
+                result.n_tokens += len(piece) - 1
+    if not result.sequences:
+        raise ValueError(f"nothing to learn from in {len(examples)} examples: all {result.n_empty} sequences are empty or all prompt")
+    return result
+
+
+def collate(sequences):
+    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with token 0 and target -1."""
+    T = max(len(ids) for ids, _ in sequences) - 1
+    tokens, targets = np.zeros((len(sequences), T), np.int64), np.full((len(sequences), T), -1, np.int64)
+    for row, (ids, n_prompt) in enumerate(sequences):
+        start = max(n_prompt, 1)
+        tokens[row, :len(ids) - 1] = ids[:-1]
+        targets[row, start - 1:len(ids) - 1] = ids[start:]
+    return torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+class Batches:
+    """Endless batches of sequences of like length. An epoch is a permutation; where the batch does not divide it, the few left
+    over open the next one, so that every batch is full. A global batch of batch_size * world_size sequences is drawn alike
+    in every process, each of which takes its own rows: two of batch 8 see what one of 16 sees.
+    """
+
+    POOL = 64                    # global batches sorted by length among each other: more pads less and mixes less
+
+    def __init__(self, encoded, batch_size, seed, rank=0, world_size=1):
+        if batch_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
+        if not encoded.sequences:
+            raise ValueError("there are no sequences to make batches of")
+        self.sequences, self.rank, self.world_size = encoded.sequences, rank, world_size
+        self.lengths = np.array([len(ids) - 1 for ids, _ in self.sequences])
+        self.global_batch, self.seed = batch_size * world_size, seed
+        self.epoch, self.index, self._plan = 0, 0, self._batches(0)
+
+    def _permutation(self, epoch):
+        return np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.sequences))
+
+    def _batches(self, epoch):
+        """(n_batches, global_batch) indices: the full batches that end within this epoch of the stream of permutations. A function
+        of seed and epoch alone, so that two numbers are all the state there is."""
+        n, G = len(self.sequences), self.global_batch
+        start, stop = epoch * n // G * G, (epoch + 1) * n // G * G
+        if start == stop:
+            return np.empty((0, G), np.int64)
+        stream = np.concatenate([self._permutation(e) for e in range(start // n, epoch + 1)])[start - start // n * n:][:stop - start]
+        pools = [stream[i:i + self.POOL * G] for i in range(0, len(stream), self.POOL * G)]
+        plan = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, G) for pool in pools])
+        return np.random.default_rng([self.seed % 2**63, epoch, 1]).permutation(plan)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        while self.index == len(self._plan):
+            self.epoch, self.index = self.epoch + 1, 0
+            self._plan = self._batches(self.epoch)
+        rows = self._plan[self.index][self.rank::self.world_size]
+        self.index += 1
+        return collate([self.sequences[i] for i in rows])
+
+    @property
+    def padding(self):
+        """Share of the positions of this epoch's batches, as this process gets them, that are padding."""
+        lengths = self.lengths[self._plan[:, self.rank::self.world_size]]                        # (n_batches, batch_size)
+        return 1 - lengths.sum() / max(lengths.max(1, initial=0).sum() * lengths.shape[1], 1)
+
+    def state_dict(self):
+        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
+
+    def load_state_dict(self, state):
+        """Goes on with the very next batch; refused where data, batch or seed are others."""
+        for key, value in self.state_dict().items():
+            if type(state.get(key)) is not int:
+                raise ValueError(f"the position in the data has no {key}")
+            if key not in ("epoch", "index") and state[key] != value:
+                raise ValueError(f"the position in the data is for {key} {state[key]}, this run has {value}")
+        if state["epoch"] < 0 or not 0 <= state["index"] <= len(plan := self._batches(state["epoch"])):
+            raise ValueError(f"the position in the data, epoch {state['epoch']} batch {state['index']}, does not exist")
+        self.epoch, self.index, self._plan = state["epoch"], state["index"], plan
+
+
+def eval_batches(encoded, batch_size, limit=None):
+    """A list of (tokens, targets), always the same: all sequences, or limit batches of them spread evenly over the split."""
+    sequences = encoded.sequences
+    if limit and limit * batch_size < len(sequences):
+        sequences = [sequences[i * len(sequences) // (limit * batch_size)] for i in range(limit * batch_size)]
+    sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
+    return [collate(sequences[i:i + batch_size]) for i in range(0, len(sequences), batch_size)]
+
+
+# -----------------------------------------------------------------------------
+# the E2E challenge's files
+
+E2E_ADDRESS = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
+E2E_FILES = {   # SHA-256 of the official files; the archive's own is not published, so its content is what is checked
+    "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
+    "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
+    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
+}
+LARGEST = 2**26                  # bytes, of the archive and of a file in it
+
+
+def download(folder, archive=None, sha256=None, files=E2E_FILES):
+    """Puts the E2E challenge's CSV files into folder, out of an archive on disk or else the official one.
+
+    Nothing is written before every file's SHA-256 (and the archive's, if given) is right. Returns the archive's SHA-256.
+    """
+    folder = Path(folder)
+    raw = _fetch(folder, archive)
+    digest = hashlib.sha256(raw).hexdigest()
+    if sha256 and digest != sha256.lower():
+        raise ValueError(f"{archive or 'the archive'}: SHA-256 is {digest}, wanted {sha256}; nothing was written")
+    contents = _unpack(raw, archive or E2E_ADDRESS, files)
+    for name, wanted in files.items():
+        if (found := hashlib.sha256(contents[name]).hexdigest()) != wanted:
+            raise ValueError(f"{name} in {archive or E2E_ADDRESS}: SHA-256 is {found}, wanted {wanted}; nothing was written")
+        if (folder / name).exists() and (folder / name).read_bytes() != contents[name]:
+            raise ValueError(f"{folder / name} is there already and differs; move it away first")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in files:
+            _write_atomic(folder / name, contents[name])
+    except OSError as error:
+        raise ValueError(f"{folder}: {error.strerror}") from None
+    return digest
+
+
+def _fetch(folder, archive):
+    try:
+        with open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30) as source:
+            raw = source.read(LARGEST + 1)
+    except (OSError, urllib.error.URLError) as error:
+        if archive:
+            raise ValueError(f"{archive}: {error.strerror}") from None
+        raise ValueError(f"cannot fetch {E2E_ADDRESS} ({getattr(error, 'reason', error)}): put {', '.join(E2E_FILES)} into {folder} by hand, "
+                         f"or pass the file with --archive") from None
+    if len(raw) > LARGEST:
+        raise ValueError(f"{archive or E2E_ADDRESS}: larger than {LARGEST} bytes, which the data is not")
+    return raw
+
+
+def _unpack(raw, origin, names):
+    """{name: content} of the named files, wherever in the archive they lie. Nothing but their content leaves it."""
+    contents = {}
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            for entry in archive.infolist():
+                parts = entry.filename.replace("\\", "/").split("/")
+                if ".." in parts or parts[0] == "" or ":" in parts[0] or stat.S_ISLNK(entry.external_attr >> 16):
+                    raise ValueError(f"{origin}: {entry.filename!r} climbs out of the folder or is a link; nothing was written")
+                if parts[-1] in names and "__MACOSX" not in parts:
+                    if parts[-1] in contents:
+                        raise ValueError(f"{origin}: {parts[-1]} is in it twice")
+                    with archive.open(entry) as file:
+                        contents[parts[-1]] = file.read(LARGEST + 1)
+                    if len(contents[parts[-1]]) > LARGEST:
+                        raise ValueError(f"{origin}: {entry.filename} is larger than {LARGEST} bytes")
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+        raise ValueError(f"{origin}: not a readable zip archive: {error}") from None
+    if missing := [name for name in names if name not in contents]:
+        raise ValueError(f"{origin}: no {', '.join(missing)} in it")
+    return contents
+
+
+# -----------------------------------------------------------------------------
+# command line
+
+
+def main(args):
+    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command")
+    command = commands.add_parser("download", help="fetch, check and unpack a data set")
+    command.add_argument("dataset", choices=["e2e"])
+    command.add_argument("folder")
+    command.add_argument("--archive", help="e2e-dataset.zip on disk, where there is no network")
+    command.add_argument("--sha256", help="what the archive's SHA-256 must be; the files' own are always checked")
+    options = parser.parse_args(args)
+    if options.command == "download":
+        digest = download(options.folder, options.archive, options.sha256)
+        print(f"{options.folder}: {', '.join(E2E_FILES)}, each with the right SHA-256 (archive {digest})")
+        return
+    corpus, plain = load("embedded"), plain_text()
+    print(f"embedded: {len(corpus.train)} train, {len(corpus.val)} val, {len(corpus.test)} test representations, "
+          f"{sum(len(example.references) for example in corpus.train)} train texts; plain text: {sum(map(len, plain)) / 1e6:.1f} MB")
+    for example in corpus.train[:5]:
+        print(f"\n{format_prompt(example.prompt, 'pipe')}", *example.references, sep="\n    ")
+    print("\nplain text, for pretraining the small base:", *plain[:5], sep="\n\n")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
