@@ -1,0 +1,162 @@
+"""The command line, the step, and whole runs of the real command."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import peft
+import train
+from model import GPT, GPTConfig
+from train import Config, command_line, learning_rate, step
+
+TINY = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def test_help_is_quick_and_does_without_torch(script):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = script("train.py", "--help", PYTHONPROFILEIMPORTTIME="1")
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0 and min(seconds) < 0.5
+    assert "import time" in done.stderr and "torch" not in done.stderr
+    for name in train.FIELDS:
+        assert f"--{name} " in done.stdout
+
+
+@pytest.mark.parametrize("flags", ["--learning_rate 0.5", "--learning-rate 0.5", "--learning_rate=0.5", "--learning-rate=0.5"])
+def test_flag_forms(flags):
+    assert command_line(flags.split()).learning_rate == 0.5
+
+
+@pytest.mark.parametrize("flags, value", [("--compile", True), ("--compile --seed 3", True), ("--compile true", True), ("--compile=False", False)])
+def test_switches(flags, value):
+    assert command_line(flags.split()).compile is value
+
+
+def test_a_file_comes_first_and_flags_win(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("rank = 4\nalpha = 8\n")
+    config = command_line([str(path), "--rank", "2"])
+    assert (config.rank, config.alpha) == (2, 8.0) and type(config.alpha) is float
+
+
+def test_qlora_is_lora_on_nf4():
+    assert Config(method="qlora").quant == "nf4" and Config(method="qlora", quant="int8").quant == "int8" and Config().quant == ""
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--rnk 3", "unknown key 'rnk'; the nearest is 'rank'"),
+    ("--rank x", "rank is 'x'; it must be a int"),
+    ("--rank 0", "rank is 0; it must be at least 1"),
+    ("--rank", "--rank needs a value"),
+    ("--learning_rate nan", "learning_rate is nan"),
+    ("--learning_rate -1", "learning_rate is -1.0"),
+    ("--dropout 1", "dropout is 1.0"),
+    ("--quant nf5", "quant is 'nf5'; it must be one of nf4, linear4, int4, int8"),
+    ("rank 3", "rank: no such file"),
+    ("--rank 3 stray", "'stray' is neither a flag"),
+    ("--resume nowhere", "nowhere: no run to resume there"),
+    ("--compile maybe", "compile is 'maybe'; it must be true or false"),
+])
+def test_mistakes_are_told_in_one_line(refused, tmp_path, flags, words):
+    assert words in refused("train.py", *flags.split(), cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text, words", [("rnk = 3", "unknown key 'rnk'"), ("rank = 'a'", "rank is 'a'"), ("rank = ", "a.toml"), ("rank = true", "rank is True")])
+def test_mistakes_in_a_file(tmp_path, text, words):
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        command_line([str(tmp_path / "a.toml")])
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(st.text(st.characters(codec="utf-8")), st.floats(1e-12, 1e12), st.booleans())
+def test_configuration_survives_its_file(tmp_path_factory, text, number, switch):
+    path = tmp_path_factory.mktemp("toml") / "config.toml"
+    config = Config(prompt_init=text, learning_rate=number, compile=switch)
+    path.write_text(train.write_toml(config), encoding="utf-8")
+    assert Config(**train.read_toml(path)) == config
+
+
+def test_defaults_agree_with_peft():
+    ours = {name: field.default for name, field in train.FIELDS.items()}
+    assert {name: value for name, value in peft.DEFAULTS.items() if name in ours} == {name: ours[name] for name in peft.DEFAULTS if name in ours}
+    assert set(peft.DEFAULTS) - set(ours) <= {"prompt_ids"}
+
+
+# -----------------------------------------------------------------------------
+# the step
+
+
+def batch(n, seed=0, length=12):
+    g = torch.Generator().manual_seed(seed)
+    tokens, targets = torch.randint(61, (2, n, length), generator=g)
+    for row, masked in enumerate(torch.randint(1, length, (n,), generator=g)):
+        targets[row, :masked] = -1                       # rows with very different numbers of supervised tokens
+    return tokens, targets
+
+
+def lora_model():
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    peft.apply(model, "lora", rank=2)
+    return model
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 8, (2, 6), (3, 3, 2)])
+def test_accumulation_gives_what_one_batch_gives(sizes):
+    tokens, targets = batch(8)
+    results = []
+    for parts in ((8,), sizes):
+        model = lora_model()
+        optimizer = train.make_optimizer(model, Config())
+        for _ in range(3):
+            loss, norm = step(model, optimizer, list(zip(tokens.split(parts), targets.split(parts))), 1.0)
+        results.append((loss, norm, *peft.adapter_state_dict(model).values()))
+    for one, many in zip(*results):
+        torch.testing.assert_close(one, many, rtol=1e-4, atol=1e-6)
+
+
+def test_loss_is_the_mean_over_supervised_tokens():
+    model, (tokens, targets) = lora_model(), batch(5)
+    expected = torch.nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
+    loss, _ = step(model, train.make_optimizer(model, Config()), [(tokens, targets)], 0.0)
+    torch.testing.assert_close(loss, expected.detach())
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    model = lora_model()
+    optimizer = train.make_optimizer(model, Config())
+    step(model, optimizer, [batch(2)], 1.0)
+    before = {name: t.clone() for name, t in peft.adapter_state_dict(model).items()}
+    moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
+    model.norm.weight.data[0] = math.nan
+    loss, norm = step(model, optimizer, [batch(2)], 1.0)
+    assert not train.numbers_are_finite(loss, norm)
+    assert all(torch.equal(before[name], t) for name, t in peft.adapter_state_dict(model).items())
+    assert all(torch.equal(a, b) for a, b in zip(moments, (t for state in optimizer.state.values() for t in state.values())))
+
+
+def test_a_batch_with_nothing_supervised_is_harmless():
+    model, (tokens, targets) = lora_model(), batch(2)
+    loss, norm = step(model, train.make_optimizer(model, Config()), [(tokens, torch.full_like(targets, -1))], 1.0)
+    assert loss == 0 and norm == 0
+
+
+@pytest.mark.parametrize("schedule, middle", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+def test_schedule(schedule, middle):
+    config = Config(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110, lr_schedule=schedule)
+    assert learning_rate(config, 0) == pytest.approx(1 / 11) and learning_rate(config, 10) == 1.0
+    assert learning_rate(config, 60) == pytest.approx(middle)
+    assert learning_rate(config, 110) == pytest.approx(1.0 if schedule == "constant" else 0.1)
