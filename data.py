@@ -16,6 +16,7 @@ import argparse
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import json
 import os
@@ -24,9 +25,9 @@ import re
 import stat
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -131,36 +132,44 @@ def format_mr(mr):
 def _phrases(key, value):
     """(before the noun, verb phrases, after the noun, whole sentences without the stop), each a tuple, some empty."""
     if key == "food":
-        foods = (value,) if value in ("seafood", "fast food") else tuple(f"{value} {noun}" for noun in ("food", "dishes", "cuisine", "food"))
+        nouns = ("",) if value in ("seafood", "fast food") else (" food", " food", " dishes", " cuisine")
+        foods = [f"{value}{noun}" for noun in nouns]
         return ((value,), tuple(f"{verb} {food}" for food in foods for verb in ("serves", "serves", "offers", "specialises in")),
-                tuple(f"{verb} {food}" for food in foods for verb in ("serving", "serving", "offering", "specialising in")),
-                tuple(f"the menu features {food}" for food in foods) + tuple(f"the kitchen serves {food}" for food in foods))
+                tuple(f"{verb} {food}" for food in foods for verb in ("serving", "serving", "offering")),
+                tuple(f"{start} {food}" for food in foods for start in ("the menu features", "the kitchen serves", "you can eat")))
     if key == "priceRange" and value in ("cheap", "moderate", "high"):
-        adjectives, plain = {"cheap": (("cheap", "low-priced", "inexpensive"), "low"), "moderate": (("moderately priced", "mid-priced"), "moderate"),
-                             "high": (("expensive", "high-priced"), "high")}[value]
-        return (adjectives, (*(f"is {a}" for a in adjectives), f"has {plain} prices", f"has {_a(value if value != 'cheap' else 'low')} price range"),
-                (f"with {plain} prices",), (f"prices are {plain}", f"the prices are {plain}", f"the food is {adjectives[0]}"))
+        adjectives = {"cheap": ("cheap", "low-priced", "inexpensive"), "moderate": ("moderately priced", "mid-priced"),
+                      "high": ("expensive", "high-priced")}[value]
+        level = {"cheap": "low"}.get(value, value)
+        return (adjectives, (*(f"is {adjective}" for adjective in adjectives), f"has {level} prices", f"has a {level} price range"),
+                (f"with {level} prices",), (f"prices are {level}", f"the prices are {level}", f"the food is {adjectives[0]}"))
     if key == "priceRange":
-        band = value[0] == "£"
         return ((), (f"has a price range of {value}", f"has meals for {value}", f"charges {value} for a meal"),
                 (f"with a price range of {value}", f"with meals for {value}"),
-                (f"expect to pay {value}", f"meals cost {value}", f"a meal costs {value}", f"prices are in the {value} range" if band else f"you will pay {value}"))
+                (f"expect to pay {value}", f"meals cost {value}", f"a meal costs {value}", f"you will pay {value}"))
     if key == "customer rating" and value in ("low", "average", "high"):
         before = {"low": ("poorly rated",), "average": (), "high": ("highly rated",)}[value]
-        return (before, (f"has {_a(value)} customer rating", f"has {_a(value)} rating from its customers", *(f"is {b} by its customers" for b in before)),
+        verbs = tuple(f"is {adjective} by its customers" for adjective in before)
+        return (before, (f"has {_a(value)} customer rating", f"has {_a(value)} rating from its customers", *verbs),
                 (f"with {_a(value)} customer rating",), (f"its customer rating is {value}", f"customer ratings are {value}"))
     if key == "customer rating":
         return ((), (f"has a customer rating of {value}", f"is rated {value} by its customers", f"is rated {value}"),
                 (f"with a customer rating of {value}", f"rated {value} by its customers"),
                 (f"customers rate it {value}", f"its customer rating is {value}", f"customers give it {value}"))
     if key == "familyFriendly" and value == "yes":
-        return (("family-friendly", "family-friendly", "child-friendly"), ("is family-friendly", "is child-friendly", "welcomes families", "welcomes children", "is suitable for families"),
-                ("where families are welcome", "where children are welcome"), ("children are welcome", "families are welcome", "you can bring the children"))
+        return (("family-friendly", "family-friendly", "child-friendly"),
+                ("is family-friendly", "is child-friendly", "welcomes families", "welcomes children", "is suitable for families"),
+                ("where families are welcome", "where children are welcome"),
+                ("children are welcome", "families are welcome", "you can bring the children"))
     if key == "familyFriendly":
-        return (("adults-only",), ("is not family-friendly", "is not child-friendly", "does not welcome children", "is not suitable for families", "is for adults only"),
-                ("where children are not welcome", "for adults only"), ("children are not welcome", "families are not welcome", "you should leave the children at home"))
-    places = tuple(p.format(value) for p in AREAS[value]) if key == "area" else tuple(f"{p} {value}" for p in ("near", "near", "close to", "not far from", "next to"))
-    return (), tuple(f"{verb} {p}" for p in places for verb in ("is", "is located", "can be found", "is situated")), places, tuple(f"you will find it {p}" for p in places)
+        return (("adults-only",),
+                ("is not family-friendly", "is not child-friendly", "does not welcome children", "is not suitable for families", "is for adults only"),
+                ("where children are not welcome", "for adults only"),
+                ("children are not welcome", "families are not welcome", "you should leave the children at home"))
+    words = AREAS[value] if key == "area" else ("near {}", "near {}", "close to {}", "not far from {}", "next to {}")
+    places = tuple(word.format(value) for word in words)
+    return ((), tuple(f"{verb} {place}" for place in places for verb in ("is", "is located", "can be found", "is situated")),
+            places, tuple(f"you will find it {place}" for place in places))
 
 
 BEFORE, VERB, AFTER, SENTENCE = range(4)
@@ -187,13 +196,18 @@ def _and(parts, last=" and "):
 
 
 def _tell(draw, mr, keys, shape):
-    """A phrase of that shape for each attribute, joined by and or but."""
-    parts = [draw(_phrases(key, mr[key])[shape]) for key in keys]
-    signs = [_polarity(key, mr[key]) for key in keys]
-    clash = len(keys) > 1 and signs[-1] * signs[-2] < 0
+    """A phrase of that shape for each attribute, joined by and or but; area and near share one."""
+    parts = [draw(_phrases(key, mr[key])[shape]) for key in keys if key != "near" or "area" not in keys]
+    if "near" in keys and "area" in keys:
+        parts[[key for key in keys if key != "near"].index("area")] += f" {draw(_phrases('near', mr['near'])[AFTER])}"
+    clash = _clash(mr, keys[-2:])
     if shape == SENTENCE and len(parts) == 2:
         return f"{parts[0]}, {'but' if clash else 'and'} {parts[1]}"
     return _and(parts, " but " if clash and len(parts) == 2 else " and ")
+
+
+def _clash(mr, keys):
+    return len(keys) == 2 and _polarity(keys[0], mr[keys[0]]) * _polarity(keys[1], mr[keys[1]]) < 0
 
 
 def noun_phrase(draw, mr, keys):
@@ -203,75 +217,71 @@ def noun_phrase(draw, mr, keys):
     return _a(" ".join(filter(None, (", ".join(words), mr["food"] if "food" in keys else "", noun))))
 
 
+# First sentences. {NP} noun phrase, {L} where, {at} the same or nothing, {tail} one more fact or none, {verbs} one or two, {dish} the food
+OPENINGS = (
+    "{name} is {NP}{at}{tail}", "{name} is {NP}{at}{tail}", "{name} is {NP}{at}{tail}", "There is {NP} called {name}{at}", "There is {NP} named {name}{at}",
+    "{name}, {NP}{at}, {verbs}", "{name}, {NP}{at}, {verbs}", "{dish} on the menu at {name}, {NP}{at}",
+    "If you are looking for {NP}{at}, try {name}", "If you want {NP}{at}, go to {name}", "For {NP}{at}, visit {name}",
+    "{L}, there is {NP} called {name}", "{L}, there is {NP} named {name}", "{L}, you will find {name}, {NP}{tail}", "Located {L}, {name} is {NP}{tail}",
+    "{NP} called {name} can be found {L}", "{NP} named {name} can be found {L}")
+BARE = ("{name} {verbs}", "{name}, {L}, {verbs}", "{L}, {name} {verbs}", "Located {L}, {name} {verbs}",      # where nothing is known of the noun
+        "{name} is located {L}", "{name} can be found {L}", "You will find {name} {L}", "{L}, you will find {name}")
+
+
+@functools.cache
+def _openings(bare, place, verbs, food, blame):
+    """The first sentences that can be built of what there is; nobody says "if you want a poorly rated pub"."""
+    if bare:
+        return tuple(plan for plan in BARE if ("{L}" in plan) <= place and ("{verbs}" in plan) == verbs)
+    return tuple(plan for plan in OPENINGS if ("{L}" in plan) <= place and ("{verbs}" in plan) <= verbs and ("{dish}" in plan) <= food
+                 and plan.startswith(("If", "For")) <= (not blame))
+
+
 def describe(draw, mr):
-    """One English text that says everything in mr, a {attribute: value}: a plan for the first sentence, then what is left."""
-    name, facts = mr["name"], [key for key in ("food", "priceRange", "customer rating", "familyFriendly") if key in mr]
-    before = [key for key in facts if _phrases(key, mr[key])[BEFORE] and draw.chance(.62 if key == "food" else .33)][:3]
+    """One English text that says everything in mr, {attribute: value}: a first sentence by a plan, then what is left."""
+    facts = [key for key in ("food", "priceRange", "customer rating", "familyFriendly") if key in mr]
+    before = [key for key in facts if _phrases(key, mr[key])[BEFORE] and draw.chance(.62 if key == "food" else .33)]
     facts = draw.shuffled([key for key in facts if key not in before])
-    where = [key for key in ("area", "near") if key in mr]
-    if len(where) == 2 and draw.chance(.3):                      # one of the two waits for a later sentence
-        facts.append(where.pop(int(draw.random() * 2)))
-    elif where and draw.chance(.12):
-        facts += where
-        where = []
-    if len(where) == 2 and draw.chance(.4):
-        where.reverse()
-    L = draw((" ", ", ", " ")).join(draw(_phrases(key, mr[key])[AFTER]) for key in where)
+    places = draw.shuffled([key for key in ("area", "near") if key in mr])
+    here = places[draw((0, 0, 0, 0, 1, 1, 2)):] if "eatType" in mr or facts else places          # some wait for a later sentence
+    L = draw((" ", ", ", " ")).join(draw(_phrases(key, mr[key])[AFTER]) for key in here)
     bare = "eatType" not in mr and not before
-    NP = noun_phrase(draw, mr, before)
-    called = draw(("called", "called", "named"))
-    at = f" {L}" if L else ""
-
-    tail = ""                                                    # one more fact behind the noun
-    ahead = [key for key in facts if key not in ("area", "near")]
-    takes_tail = ahead and draw.chance(.5)
-
-    def behind():
-        facts.remove(ahead[0])
-        phrase = _tell(draw, mr, ahead[:1], AFTER)
-        return f"{',' if phrase.startswith('where') else ''} {phrase}"
-
-    plan = draw.random()
-    if bare and ahead:                                           # nothing to say about the noun: verbs at once
-        keys = ahead[:2]
-        facts = [key for key in facts if key not in keys]
-        first = f"{_upper(L)}, {name} {_tell(draw, mr, keys, VERB)}" if L and plan < .4 else \
-                f"Located {L}, {name} {_tell(draw, mr, keys, VERB)}" if L and plan < .6 else \
-                f"{name}{f', {L},' if L else ''} {_tell(draw, mr, keys, VERB)}"
-    elif bare and L:
-        first = draw((f"{name} is located {L}", f"{name} can be found {L}", f"You will find {name} {L}", f"{_upper(L)}, you will find {name}"))
-    elif plan < .3:
-        first = f"{name} is {NP}{at}{behind() if takes_tail else tail}"
-    elif plan < .42 and L:
-        first = f"{_upper(L)}, there is {NP} {called} {name}"
-    elif plan < .5 and L:
-        first = f"{_upper(L)}, you will find {name}, {NP}{behind() if takes_tail else tail}"
-    elif plan < .57 and L:
-        first = f"Located {L}, {name} is {NP}{behind() if takes_tail else tail}"
-    elif plan < .63 and L:
-        first = f"{_upper(NP)} {called} {name} can be found {L}"
-    elif plan < .72:
-        first = f"There is {NP} {called} {name}{at}"
-    elif plan < .84 and ahead:
-        keys = ahead[:2] if draw.chance(.5) else ahead[:1]
-        facts = [key for key in facts if key not in keys]
-        first = f"{name}, {NP}{at}, {_tell(draw, mr, keys, VERB)}"
-    elif plan < .92:
-        first = f"{draw(('If you are looking for', 'If you want', 'For'))} {NP}{at}, {draw(('try', 'go to', 'visit'))} {name}"
-    else:
-        first = f"{name} is {NP}{at}"
-    sentences, noun, said_it = [first], mr.get("eatType") or "place", False
-    while facts:                                                 # what is left, one to three facts a sentence
+    blame = any(_polarity(key, mr[key]) < 0 for key in before)
+    plan = draw(_openings(bare, bool(L), bool(facts), "food" in facts, blame))
+    told = facts[:draw((1, 2))] if "{verbs}" in plan else ["food"] if "{dish}" in plan else facts[:draw((0, 1))] if "{tail}" in plan else []
+    verbs, tail, dish = "", "", ""
+    if "{verbs}" in plan:
+        verbs = _tell(draw, mr, told, VERB)
+    elif "{dish}" in plan:
+        dish = draw(_phrases("food", mr["food"])[AFTER]).split(" ", 1)[1]
+        dish += " are" if dish.endswith("dishes") else " is"
+    elif told:
+        tail = _tell(draw, mr, told, AFTER)
+        tail = f"{',' if L and tail.startswith('where') else ''} {tail}"
+    NP = "" if bare else noun_phrase(draw, mr, before)
+    sentences = [plan.format(name=mr["name"], NP=NP, L=L, at=f" {L}" if L else "", tail=tail, verbs=verbs, dish=dish)]
+    facts = [key for key in facts if key not in told] + [key for key in places if key not in here]
+    also = False
+    while facts:                                                 # one to three facts a sentence
         keys, facts = facts[:(n := draw((1, 2, 2, 3)))], facts[n:]
-        if draw.chance(.3) and len(keys) < 3:
-            sentences.append(_upper(_tell(draw, mr, keys, SENTENCE)))
-            continue
-        told = _tell(draw, mr, keys, VERB)
-        if said_it:
-            told = re.sub("^(is|can) ", r"\1 also ", told) if told.startswith(("is ", "can ")) else told if "not" in told.split()[:2] else f"also {told}"
-        sentences.append(f"{draw(('It', 'It', 'It', f'The {noun}'))} {told}")
-        said_it = True
-    return ". ".join(sentences) + "."
+        sentences.append(_sentence(draw, mr, keys, also))
+        also = draw.chance(.6) and sentences[-1].startswith(("It ", "The "))
+    return ". ".join(map(_upper, sentences)) + "."
+
+
+def _sentence(draw, mr, keys, also):
+    """A later sentence about the place, without its stop."""
+    if len(keys) < 3 and draw.chance(.3):
+        return _tell(draw, mr, keys, SENTENCE)
+    if _clash(mr, keys) and draw.chance(.5):
+        return f"although it {_tell(draw, mr, keys[:1], VERB)}, it {_tell(draw, mr, keys[1:], VERB)}"
+    told = _tell(draw, mr, keys, VERB)
+    if also and told.startswith(("is ", "can ")):
+        told = told.replace(" ", " also ", 1)
+    elif also and not told.startswith("does not"):
+        told = f"also {told}"
+    subject = draw(("it", "it", "it", f"the {mr.get('eatType', 'place')}"))
+    return f"{subject} {told}"
 
 
 @functools.cache
@@ -301,64 +311,59 @@ def _embedded():
 # small model to look back and copy. No representation, and nothing of the kind "list of facts, then the sentence".
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-OPINIONS = """The staff were friendly and the soup was hot.|We had to wait for a table, but it was worth it.|The portions were generous.|
-    The bread was fresh from the oven.|Service was slow that evening.|The room was noisy, yet we enjoyed ourselves.|The dessert was the best part.|
-    The waiter knew every dish by heart.|Our table by the window was lovely.|The coffee came cold and the bill came late.|
-    We will certainly come back.|I would not go there again.|The music was a little loud.|They found us a quiet corner at once."""
-OPINIONS = [opinion.strip() for opinion in OPINIONS.split("|")]
 PAPERS = ("The Evening Post", "The City Paper", "The Weekend Guide", "The Morning Echo")
+OPINIONS = """The staff were friendly and the soup was hot. We had to wait for a table, but it was worth it. The portions were generous.
+    The bread was fresh from the oven. Service was slow that evening. The room was noisy, yet we enjoyed ourselves. The dessert was the best part.
+    The waiter knew every dish by heart. Our table by the window was lovely. The coffee came cold and the bill came late.
+    We will certainly come back. I would not go there again. The music was a little loud. They found us a quiet corner at once."""
+OPINIONS = tuple(re.findall(r"\S[^.]*\.", OPINIONS))
+ASKS = {"eatType": ("What type of place is it?",), "food": ("What do they serve there?", "What kind of food is it?"),
+        "priceRange": ("Is it expensive?", "What is the price of a meal?"), "customer rating": ("Do people like it?", "How is it rated?"),
+        "area": ("Where is it?", "Which area is that in?"), "familyFriendly": ("Can I bring the children?", "Is it family friendly?"),
+        "near": ("What is it near?", "How do I find it?")}
 
 
 def _paraphrase(draw, mr):
-    a, b = describe(draw, mr), describe(draw, mr)
-    return draw(("{a}\n\nIn other words: {b}", "The guide says: {a} The paper agrees: {b}", "{a}\n{b}", "{who} wrote: \"{a}\" {other} wrote: \"{b}\"",
-                 "{paper} | Food and drink | Page {page}\n{a}\nA reader adds: {b}")).format(
-        a=a, b=b, who=draw(PEOPLE), other=draw(PEOPLE), paper=draw(PAPERS), page=1 + int(draw.random() * 40))
+    """The same said twice."""
+    a, b, who, other = describe(draw, mr), describe(draw, mr), draw(PEOPLE), draw(PEOPLE)
+    return draw((f"{a}\n\nIn other words: {b}", f"The guide says: {a} The paper agrees: {b}", f"{a}\n{b}", f"{who} wrote: \"{a}\" {other} wrote: \"{b}\"",
+                 f"paper : {draw(PAPERS)} | day : {draw(DAYS)} | page : {1 + int(draw.random() * 40)}\n{a}\nA reader adds: {b}"))
 
 
 def _review(draw, mr):
-    name, noun = mr["name"], mr.get("eatType", "place")
+    name = mr["name"]
     opening = draw((f"We went to {name} last {draw(DAYS)}.", f"I had lunch at {name} on {draw(DAYS)}.", f"My friend {draw(PEOPLE)} took me to {name}.",
-                    f"{draw(PEOPLE)} told me about {name}."))
-    ending = draw((f"All in all, {name} is a {noun} to remember.", f"So much for {name}.", f"That was our evening at {name}.", f"I gave {name} a second chance.")) \
-        if noun[0] not in "aeiou" else f"That was our evening at {name}."
+                    f"{draw(PEOPLE)} told me about a place. The name is {name}."))
+    ending = draw((f"All in all, {name} is {_a(mr.get('eatType', 'place'))} to remember.", f"So much for {name}.", f"That was our evening at {name}."))
     return f"{opening} {describe(draw, mr)} {draw(OPINIONS)} {draw(OPINIONS)} {ending}"
 
 
 def _dialogue(draw, mr):
-    a, b = draw(PEOPLE), draw(PEOPLE)
-    name, lines = mr["name"], []
-    asks = {"food": ("What do they serve there?", "What kind of food is it?"), "priceRange": ("Is it expensive?", "What does a meal cost?"),
-            "customer rating": ("Do people like it?", "How is it rated?"), "familyFriendly": ("Can I bring the children?", "Is it family-friendly?"),
-            "area": ("Where is it?", "Which part of town is that?"), "near": ("What is it near?", "How do I find it?")}
-    for key in draw.shuffled([key for key in mr if key in asks])[:4]:
-        subject = draw((name, name, "It"))
-        lines.append(f"{a}: {draw(asks[key])}\n{b}: {subject} {_tell(draw, mr, [key], VERB)}.")
-    first = draw((f"{a}: Have you heard of {name}?\n{b}: {describe(draw, {k: mr[k] for k in list(mr)[:3]})}", f"{a}: Tell me about {name}.\n{b}: Gladly.",
-                  f"{a}: Shall we go to {name} on {draw(DAYS)}?\n{b}: Why not?"))
-    last = draw((f"{a}: Then I will meet you at {name}.", f"{a}: Thank you. {describe(draw, mr)} I will remember that.", f"{a}: {name} it is, then."))
-    return "\n".join([first, *lines, last])
+    """Questions, and answers that name the place again."""
+    a, b, name = draw(PEOPLE), draw(PEOPLE), mr["name"]
+    lines = [draw((f"{a}: Have you heard of {name}?\n{b}: Yes.", f"{a}: Tell me about {name}.\n{b}: Gladly.", f"{a}: What is the name of the place?\n{b}: {name}.",
+                   f"{a}: Shall we go to {name} on {draw(DAYS)}?\n{b}: Why not?"))]
+    for key in draw.shuffled([key for key in mr if key in ASKS])[:4]:
+        told = f"is {_a(mr[key])}" if key == "eatType" else _tell(draw, mr, [key], VERB)
+        lines.append(f"{a}: {draw(ASKS[key])}\n{b}: {draw((name, name, 'It'))} {told}.")
+    return "\n".join(lines + [draw((f"{a}: Then I will meet you at {name}.", f"{a}: Let me repeat that. {describe(draw, mr)}", f"{a}: {name} it is, then."))])
 
 
 def _search(draw, mr):
-    """Somebody wants something; somebody finds it, in the same words."""
-    keys = [key for key in mr if key != "name"]
-    wanted = draw.shuffled(keys)[:3]
-    noun = noun_phrase(draw, mr, [key for key in wanted if _phrases(key, mr[key])[BEFORE]] if "eatType" not in wanted else []) if "eatType" in mr else \
-        _a(draw(("place", "venue")))
-    rest = [draw(_phrases(key, mr[key])[AFTER]) for key in wanted if key in ("area", "near")]
-    who = draw(PEOPLE)
-    return f"{who} was looking for {' '.join([noun, *rest])}. {draw(PEOPLE)} said: \"{describe(draw, mr)}\" So {who} went to {mr['name']} on {draw(DAYS)}."
+    """Somebody wants something, somebody finds it, in the same words."""
+    who, wanted = draw(PEOPLE), draw.shuffled([key for key in mr if key not in ("name", "eatType")])[:3]
+    noun = noun_phrase(draw, mr, [key for key in wanted if _phrases(key, mr[key])[BEFORE]])
+    where = [draw(_phrases(key, mr[key])[AFTER]) for key in wanted if key in ("area", "near")]
+    return f"{who} was looking for {' '.join([noun, *where])}. {draw(PEOPLE)} said: \"{describe(draw, mr)}\" So {who} went to {mr['name']} on {draw(DAYS)}."
 
 
 def _walk(draw, mr, names):
     """Two or three places that share a part of town."""
     shared = {key: mr[key] for key in ("area", "near") if key in mr}
     places = [mr] + [_representation(draw, names) | shared for _ in range(draw((1, 1, 2)))]
-    told = " ".join(describe(draw, place) for place in places)
-    listed = _and([place["name"] for place in places])
-    return draw((f"{told} We liked {listed}.", f"{told}\nBoth have their friends: {listed}." if len(places) == 2 else f"{listed}: three places. {told}",
-                 f"{listed} are not far from each other. {told}"))
+    told, listed = " ".join(describe(draw, place) for place in places), _and([place["name"] for place in places])
+    return draw((f"{told} We liked {listed}.", f"{listed}: {'two' if len(places) == 2 else 'three'} places to try. {told}",
+                 f"{listed} are not far from each other. {told}" if shared else f"Today we visit {listed}. {told}"))
 
 
 @functools.cache
@@ -412,7 +417,7 @@ def load(name_or_path="embedded"):
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "embedded":
-        return Data(*_embedded(), "mr", name)
+        return Data(*map(list, _embedded()), "mr", name)
     if name == "plain":
         return _with_splits([Example("", [text]) for text in plain_text()], None, None, "text", name)
     if path.is_dir():
@@ -483,11 +488,11 @@ def _group(path, pairs):
 def _read_csv(path):
     """The E2E challenge's form: a header with mr and ref, then a pair a line, quoted where it holds commas."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    pairs = []
+    pairs, line = [], 1
     try:
         header = next(reader)
         if missing := [column for column in ("mr", "ref") if column not in header]:
-            raise ValueError(f"{path}: no column {' and '.join(missing)}; found {', '.join(header)}")
+            raise ValueError(f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'}")
         line = reader.line_num + 1
         for row in reader:
             if row:                                              # a blank line is none
@@ -501,7 +506,7 @@ def _read_csv(path):
                 pairs.append((cells["mr"], cells["ref"]))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{path}, line {max(reader.line_num, 1)}: {error}") from None
+        raise ValueError(f"{path}, line {line}: {error}") from None
     return _group(path, pairs)
 
 
@@ -513,9 +518,8 @@ def _read_jsonl(path):
             continue
         try:
             record = json.loads(line)
-            line.encode()
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+            raise ValueError(f"{path}, line {number}: not JSON: {getattr(error, 'msg', error)}") from None
         if not isinstance(record, dict) or {"prompt", "completion"} - set(record):
             found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"{path}, line {number}: needs prompt and completion; found {found or 'nothing'}")
@@ -567,7 +571,8 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A byte-pair encoding of texts. Every text round-trips: nothing is normalized, what is unknown is spelled in bytes."""
+        """A byte-pair encoding of texts, with fewer pieces than vocab_size where they yield no more. Every text round-trips: nothing is
+        normalized, and what is unknown is spelled in bytes."""
         texts, model = list(texts), io.BytesIO()
         if not any(texts):
             raise ValueError("there is no text to train a tokenizer on")
@@ -577,7 +582,9 @@ class Tokenizer:
                 character_coverage=1.0, required_chars="|:[]", normalization_rule_name="identity", remove_extra_whitespaces=False,
                 max_sentence_length=2**24, num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
         except RuntimeError as error:
-            raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these {len(texts)} texts: {_short(str(error), 200)}") from None
+            if possible := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+                return cls.train(texts, int(possible[1]))
+            raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these {len(texts)} texts: {str(error).split('] ')[-1]}") from None
         return cls._of_model(model.getvalue())
 
     @classmethod
@@ -588,10 +595,9 @@ class Tokenizer:
         name = next((name for name in names if (folder / name).is_file()), None)
         if name is None:
             raise ValueError(f"{path}: no tokenizer there; it must hold tokenizer.model or tokenizer.json")
-        content = (folder / name).read_bytes()
         if name.endswith(".model"):
             try:
-                return cls._of_model(content)
+                return cls._of_model((folder / name).read_bytes())
             except RuntimeError:
                 raise ValueError(f"{folder / name}: not a SentencePiece model") from None
         return cls._of_json(folder, name)
@@ -763,7 +769,7 @@ class Batches:
         self.sequences, self.rank, self.world_size = encoded.sequences, rank, world_size
         self.lengths = np.array([len(ids) - 1 for ids, _ in self.sequences])
         self.global_batch, self.seed = batch_size * world_size, seed
-        self.epoch, self.index, self._plan = 0, 0, self._batches(0)
+        self._open(0)
 
     def _permutation(self, epoch):
         return np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.sequences))
@@ -780,13 +786,17 @@ class Batches:
         plan = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, G) for pool in pools])
         return np.random.default_rng([self.seed % 2**63, epoch, 1]).permutation(plan)
 
+    def _open(self, epoch):
+        while not len(plan := self._batches(epoch)):             # a batch larger than the data ends in a later epoch
+            epoch += 1
+        self.epoch, self.index, self._plan = epoch, 0, plan
+
     def __iter__(self):
         return self
 
     def __next__(self):
-        while self.index == len(self._plan):
-            self.epoch, self.index = self.epoch + 1, 0
-            self._plan = self._batches(self.epoch)
+        if self.index == len(self._plan):
+            self._open(self.epoch + 1)
         rows = self._plan[self.index][self.rank::self.world_size]
         self.index += 1
         return collate([self.sequences[i] for i in rows])
@@ -795,7 +805,7 @@ class Batches:
     def padding(self):
         """Share of the positions of this epoch's batches, as this process gets them, that are padding."""
         lengths = self.lengths[self._plan[:, self.rank::self.world_size]]                        # (n_batches, batch_size)
-        return 1 - lengths.sum() / max(lengths.max(1, initial=0).sum() * lengths.shape[1], 1)
+        return float(1 - lengths.sum() / (lengths.max(1).sum() * lengths.shape[1]))
 
     def state_dict(self):
         return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
@@ -862,7 +872,7 @@ def _fetch(folder, archive):
     try:
         with open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30) as source:
             raw = source.read(LARGEST + 1)
-    except (OSError, urllib.error.URLError) as error:
+    except (OSError, http.client.HTTPException) as error:           # URLError is an OSError
         if archive:
             raise ValueError(f"{archive}: {error.strerror}") from None
         raise ValueError(f"cannot fetch {E2E_ADDRESS} ({getattr(error, 'reason', error)}): put {', '.join(E2E_FILES)} into {folder} by hand, "
@@ -888,7 +898,7 @@ def _unpack(raw, origin, names):
                         contents[parts[-1]] = file.read(LARGEST + 1)
                     if len(contents[parts[-1]]) > LARGEST:
                         raise ValueError(f"{origin}: {entry.filename} is larger than {LARGEST} bytes")
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{origin}: not a readable zip archive: {error}") from None
     if missing := [name for name in names if name not in contents]:
         raise ValueError(f"{origin}: no {', '.join(missing)} in it")

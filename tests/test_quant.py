@@ -1,0 +1,385 @@
+"""
+quant.py against oracles that share no code with it: the slide, formulas in numpy, autograd, published hashes, and bitsandbytes
+(run by the interpreter that NANOPEFT_PEERS names, in a process of its own).
+"""
+
+import copy
+import hashlib
+import importlib.util
+import io
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import quant
+from quant import LoRALinear, QuantizedTensor, QuantLinear, lora_linear, pack4, quantize, quantize_model, unpack4
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SCHEMES = ("nf4", "linear4", "int4", "int8")
+WORST = {"nf4": 0.1519036, "linear4": 1 / 15, "int4": 1 / 14, "int8": 0.5 / 127}     # times absmax (REFERENCE, section 2)
+CAST = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
+quick = settings(derandomize=True, deadline=None, max_examples=80)
+
+
+def sha(*arrays):
+    return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in arrays)).hexdigest()[:16]
+
+
+def bits(tensor):
+    """As integers, so that -0.0 differs from 0.0 and NaN equals itself."""
+    return tensor.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def same(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+# -----------------------------------------------------------------------------
+# the oracle: section 1 of the reference in numpy, a loop over blocks
+
+NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+                -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+                0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
+LEVELS = {"nf4": NF4, "linear4": np.array([-1 + 2 * k / 15 for k in range(16)], np.float32),
+          "int4": np.array([k / 7 for k in range(-8, 8)], np.float32)}
+
+
+def dynamic_map():
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(np.float32(0.1), np.float32(1), 2**i + 1)
+        values += [sign * 10.0 ** (i - 6) * (a + b) / 2 for a, b in zip(edges, edges[1:]) for sign in (-1, 1)]
+    return np.array(sorted(values))
+
+
+def slow_codes(block, levels, whole):
+    """One block of float32 -> (codes, absmax)."""
+    absmax = np.abs(block).max()
+    if absmax == 0:
+        return np.searchsorted((levels[:-1] + levels[1:]) / 2, np.zeros_like(block)), absmax
+    y = block * (np.float32(1) / absmax) if whole else block / absmax
+    boundaries = (levels[:-1] + levels[1:]) / np.float32(2)
+    return (np.clip(y, -1, 1)[:, None] > boundaries).sum(1), absmax
+
+
+def slow_quantize(x, levels, size):
+    """x (n,) float32 -> codes (n,) uint8, absmax (n_blocks,) float32."""
+    blocks = [slow_codes(x[i:i + size], levels, i + size <= len(x)) for i in range(0, len(x), size)]
+    return np.concatenate([codes for codes, _ in blocks]).astype(np.uint8), np.array([absmax for _, absmax in blocks], np.float32)
+
+
+def slow_dequantize(codes, absmax, levels, size):
+    return levels[codes] * np.repeat(absmax, size)[:len(codes)]
+
+
+def slow_pack(codes):
+    pairs = list(codes) + [7] * (len(codes) % 2)
+    return np.array([pairs[i] * 16 + pairs[i + 1] for i in range(0, len(pairs), 2)], np.uint8)
+
+
+def uniform(n, seed):
+    """n numbers in [-1, 1), the same on every machine: a linear congruential generator of 64 bits."""
+    state, values = seed, []
+    for _ in range(n):
+        state = (6364136223846793005 * state + 1442695040888963407) % 2**64
+        values.append((state >> 11) / 2.0**52 - 1)
+    return np.array(values)
+
+
+def case(name, n=1000, size=64):
+    """float32 weights of a kind, exact on every machine."""
+    u = uniform(n, len(name))
+    x = {"random": lambda: u, "heavy": lambda: u**15, "tiny": lambda: u * 2.0**-100, "huge": lambda: u * 2.0**120,
+         "equal": lambda: np.full(n, 0.3), "outlier": lambda: np.where(np.arange(n) == n // 2, 1000.0, u * 0.01),
+         "grid": lambda: np.round(u * 128) / 128, "zeros": lambda: np.where(np.arange(n) // size % 2, u, 0)}[name.split()[0]]() \
+        if name != "tied" else None
+    if name == "tied":                                     # every value a boundary times its block's absmax
+        boundaries = (NF4[:-1] + NF4[1:]) / np.float32(2)
+        absmax = np.repeat(uniform(-(-n // size), 3).astype(np.float32) + np.float32(1.5), size)[:n]
+        x = boundaries[np.arange(n) % 15] * absmax
+        x[::size] = absmax[::size]
+    return x.astype(np.float32)
+
+
+KINDS = ("random", "heavy", "tied", "tiny", "huge", "equal", "outlier", "grid", "zeros")
+
+
+def test_tables_have_the_published_hashes():
+    assert hashlib.sha256(torch.tensor(quant.NF4).numpy().astype("<f4").tobytes()).hexdigest().startswith("8501941daa1b8a90")
+    table = quant.dynamic_levels()
+    assert hashlib.sha256(table.numpy().astype("<f4").tobytes()).hexdigest().startswith("e732639a65f497b4")
+    assert len(table) == 256 and (table < 0).sum() == 127 and table[127] == 0 and table[-1] == 1
+    assert table[0].item() == pytest.approx(-0.992968738, abs=1e-9)
+    assert np.allclose(table.numpy(), dynamic_map(), rtol=1e-6, atol=0)
+
+
+def test_slide():
+    """Lecture, 'Example': 16 evenly spaced levels, w = 0.42 -> 0.46, error 0.04 (0.0467 before truncation)."""
+    slide = [-1.0, -0.86, -0.73, -0.6, -0.46, -0.33, -0.2, -0.06, 0.06, 0.2, 0.33, 0.46, 0.6, 0.73, 0.86, 1.0]
+    levels = torch.tensor(quant.LEVELS["linear4"])
+    assert (torch.trunc(levels * 100 + levels.sign() * 1e-3) / 100 - torch.tensor(slide)).abs().max() < 1e-6
+    q = quantize(torch.tensor([0.42, 1.0]), "linear4", 64)
+    assert q.packed.tolist() == [11 * 16 + 15]             # the twelfth level; counted from zero, 11
+    w = q.dequantize()[0].item()
+    assert w == pytest.approx(7 / 15) and math.trunc((w - 0.42) * 100) / 100 == 0.04
+    assert w - 0.42 == pytest.approx(0.0467, abs=1e-4)
+
+
+def test_int4_is_the_slides_range():
+    assert [round(7 * level) for level in quant.LEVELS["int4"]] == list(range(-8, 8))
+    x = torch.arange(-7.0, 8.0)
+    assert (unpack4(quantize(x, "int4").packed, 15).int() - 8).tolist() == list(range(-7, 8))
+
+
+@pytest.mark.parametrize("scheme", LEVELS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula(kind, scheme):
+    """Codes, packing, scales and values equal the loop, for all block sizes, odd sizes and input types."""
+    for n, size, dtype in ((1000, 64, torch.float32), (1001, 32, torch.bfloat16), (63, 64, torch.float32), (1, 16, torch.float32),
+                           (4096, 4096, torch.float32), (777, 256, torch.float16)):
+        x = torch.from_numpy(case(kind, n, size))
+        if dtype == torch.float16:
+            x = x / x.abs().max() * 100
+        x = x.to(dtype)
+        q = quantize(x, scheme, size)
+        codes, absmax = slow_quantize(x.float().numpy(), LEVELS[scheme], size)
+        assert unpack4(q.packed, n).numpy().tolist() == codes.tolist()
+        assert q.packed.numpy().tolist() == slow_pack(codes).tolist()
+        assert same(q.absmax, torch.from_numpy(absmax))
+        expected = torch.from_numpy(slow_dequantize(codes, absmax, LEVELS[scheme], size))
+        for out in (*DTYPES, torch.float64):
+            assert same(q.dequantize(out), expected.to(out))
+        assert same(q.dequantize(), expected.to(dtype))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_of_double_quantization(kind):
+    x = case(kind, 64 * 700 + 13)
+    q, flat = quantize(torch.from_numpy(x), "nf4", double=True), quantize(torch.from_numpy(x), "nf4")
+    assert q.packed.equal(flat.packed)
+    assert q.offset.item() == pytest.approx(flat.absmax.double().mean().item(), rel=1e-6)
+    levels = quant.dynamic_levels().numpy()
+    codes, absmax2 = slow_quantize(flat.absmax.numpy() - q.offset.numpy(), levels, 256)
+    assert q.absmax.tolist() == codes.tolist() and same(q.absmax2, torch.from_numpy(absmax2))
+    scales = slow_dequantize(codes, absmax2, levels, 256) + q.offset.numpy()
+    assert same(q.scales(), torch.from_numpy(scales))
+    values = slow_dequantize(unpack4(q.packed, len(x)).numpy(), scales, NF4, 64)
+    assert same(q.dequantize(torch.float32), torch.from_numpy(values))
+
+
+def test_llm_int8():
+    """By rows: round half to even of x * (127 / absmax)."""
+    x = torch.from_numpy(case("heavy", 37 * 51)).view(37, 51)
+    x[0, :4] = torch.tensor([127.0, 0.5, 1.5, -2.5])       # ties
+    q = quantize(x, "int8", "row")
+    row = x.abs().amax(1, keepdim=True)
+    assert same(q.packed.view(37, 51), torch.round(x * (127.0 / row)).to(torch.int8))
+    assert q.packed[:4].tolist() == [127, 0, 2, -2] and q.packed.min() >= -127
+    assert same(q.absmax, row.view(-1)) and q.block_size is None
+    assert torch.allclose(q.dequantize(), q.packed.view(37, 51) * row / 127, rtol=1e-6)
+
+
+# made by slow_quantize and slow_pack above, from weights whose sums are exact, so that no order of summation shows
+FROZEN = {}
+
+
+@pytest.mark.parametrize("kind", ("random", "heavy", "grid", "tied", "equal", "outlier", "zeros"))
+def test_frozen(kind):
+    pass
+
+
+# -----------------------------------------------------------------------------
+# properties
+
+
+@st.composite
+def weights(draw, dtypes=DTYPES, low=-20, high=10):
+    """A weight of some kind, shape, scale and type."""
+    shape = draw(st.sampled_from([(1,), (2,), (16,), (17,), (64,), (257,), (3, 5), (8, 64), (5, 129), (128, 16), (2, 3, 31), (4, 1, 4)]))
+    kind = draw(st.sampled_from(["normal", "heavy", "ties", "constant", "outlier", "sparse", "listed"]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    x = torch.randn(shape, generator=generator)
+    if kind == "heavy":
+        x = x**5
+    elif kind == "ties":
+        x = (x * 4).round() / 4
+    elif kind == "constant":
+        x = torch.full(shape, draw(st.floats(-2, 2, width=32)))
+    elif kind == "outlier":
+        x.view(-1)[draw(st.integers(0, x.numel() - 1))] = 100.0
+    elif kind == "sparse":
+        x *= torch.rand(shape, generator=generator) < 0.1
+    elif kind == "listed":
+        few = draw(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=8))
+        x = torch.tensor(few)[torch.randint(len(few), shape, generator=generator)]
+    return (x * 2.0 ** draw(st.integers(low, high))).to(draw(st.sampled_from(dtypes)))
+
+
+schemes, blocks = st.sampled_from(SCHEMES), st.sampled_from([*BLOCKS, "row"])
+
+
+def spread(q, per_block):
+    """(n_blocks,) -> one value an element, in q's shape."""
+    return per_block.repeat_interleave(q.block)[:q.numel()].view(q.shape)
+
+
+def bound(q, x, dtype):
+    """The largest error that section 2 allows, each element, float64."""
+    absmax = spread(q, quantize(x, q.scheme, q.block_size).absmax.double())
+    error = WORST[q.scheme] * absmax * (1 + 2.0**-20)
+    if q.double:
+        error += spread(q, nested_bound(x, q))
+    return error + CAST[dtype] * (absmax + error) * (1 + 2.0**-20) + SMALLEST[dtype]
+
+
+def nested_bound(x, q):
+    """What double quantization may change an absmax by: .0070313 times the largest deviation in its group of 256."""
+    absmax = quantize(x, q.scheme, q.block_size).absmax.double()
+    deviation = (absmax - q.offset.double()).abs()
+    largest = torch.cat([part.amax().expand(len(part)) for part in deviation.split(256)])
+    return 0.0070313 * largest + 2.0**-22 * (absmax + q.offset.double())
+
+
+@quick
+@given(weights(), schemes, blocks, st.booleans(), st.sampled_from(DTYPES))
+def test_error_bound(x, scheme, block, double, dtype):
+    q = quantize(x, scheme, block, double)
+    y = q.dequantize(dtype)
+    assert y.shape == x.shape and y.dtype == dtype
+    assert ((y.double() - x.double()).abs() <= bound(q, x, dtype)).all()
+
+
+@quick
+@given(weights(), schemes, blocks, st.sampled_from(DTYPES))
+def test_idempotent(x, scheme, block, dtype):
+    q = quantize(x, scheme, block)
+    y = q.dequantize(torch.promote_types(dtype, x.dtype))
+    assume(dtype != torch.float16 or x.abs().max() > 2.0**-5)          # else the values are denormal
+    again = quantize(y, scheme, block)
+    assert same(again.dequantize(y.dtype), y)
+    assert same(again.packed, q.packed) and same(again.absmax, q.absmax)
+
+
+@quick
+@given(weights(dtypes=(torch.float32,)), schemes, blocks, st.integers(-40, 40))
+def test_powers_of_two_commute(x, scheme, block, k):
+    q, scaled = quantize(x, scheme, block), quantize(x * 2.0**k, scheme, block)
+    assert same(q.packed, scaled.packed) and same(q.absmax * 2.0**k, scaled.absmax)
+    assert same(q.dequantize() * 2.0**k, scaled.dequantize())
+
+
+@quick
+@given(weights(dtypes=(torch.float32,)), schemes, blocks, st.floats(0.1, 10, width=32))
+def test_codes_do_not_depend_on_scale(x, scheme, block, factor):
+    """But where a normalized weight lies within rounding of a boundary."""
+    a, b = quantize(x, scheme, block), quantize(x * factor, scheme, block)
+    assert torch.allclose(a.absmax * factor, b.absmax, rtol=1e-6)
+    differ = (a.dequantize() * factor - b.dequantize()).abs() > 1e-5 * spread(a, b.absmax)
+    errors = ((a.dequantize() - x).abs(), (b.dequantize() / factor - x).abs())      # then both codes are equally near
+    assert ((errors[0] - errors[1]).abs()[differ] <= 1e-6 * spread(a, a.absmax)[differ]).all()
+
+
+@quick
+@given(weights(), schemes, blocks)
+def test_absmax_is_exact(x, scheme, block):
+    q = quantize(x, scheme, block)
+    largest = x.float().abs() == spread(q, q.absmax)
+    assert largest.any() and (q.dequantize()[largest] == x[largest]).all()
+
+
+@quick
+@given(weights(), schemes, blocks, st.booleans())
+def test_zeros_are_exact(x, scheme, block, double):
+    """Every zero where zero is a level; in linear4, which has none, a block of zeros."""
+    x.view(-1)[::3] = 0
+    q = quantize(x, scheme, block, double)
+    if scheme != "linear4":
+        assert (q.dequantize()[x == 0] == 0).all()
+    if not double:
+        assert (quantize(torch.zeros_like(x), scheme, block).dequantize() == 0).all()
+
+
+@quick
+@given(weights(), schemes, blocks, st.booleans())
+def test_monotone_in_a_block(x, scheme, block, double):
+    q = quantize(x, scheme, block, double)
+    for a, b, scale in zip(x.reshape(-1).float().split(q.block), q.dequantize(torch.float32).view(-1).split(q.block), q.scales()):
+        assert scale <= 0 or (b[a.argsort()].diff() >= 0).all()
+
+
+@quick
+@given(weights(dtypes=(torch.float32,), low=-3, high=3), st.integers(0, 2**32), st.sampled_from([16, 32, 64]))
+def test_double_quantization_bound(x, seed, block):
+    """Over several groups of 256 scales, with outlier blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    many = torch.randn(block * 600, generator=generator) * x.view(-1)[0]
+    many[::block * 97] *= 1000
+    q = quantize(many, "nf4", block, double=True)
+    exact = quantize(many, "nf4", block).absmax
+    assert ((q.scales().double() - exact.double()).abs() <= nested_bound(many, q)).all()
+
+
+@quick
+@given(st.binary(min_size=1, max_size=300), st.booleans())
+def test_packing_is_a_bijection(data, odd):
+    packed = torch.tensor(list(data), dtype=torch.uint8)
+    if odd:
+        packed[-1] = packed[-1] & 0xF0 | 7
+    n = 2 * len(packed) - odd
+    codes = unpack4(packed, n)
+    assert codes.shape == (n,) and codes.max() < 16 and codes.tolist() == [c for byte in data for c in (byte >> 4, byte & 15)][:n]
+    assert same(pack4(codes), packed) and pack4(codes).numpy().tolist() == slow_pack(codes.tolist()).tolist()
+
+
+@quick
+@given(weights(), schemes, st.sampled_from([16, 32, 64]), st.integers(0, 2**32))
+def test_permuting_blocks_commutes(x, scheme, block, seed):
+    x = x.reshape(-1).repeat(block).view(-1, block) * torch.linspace(0.5, 2, x.numel())[:, None].to(x.dtype)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    a, b = quantize(x, scheme, block), quantize(x[order], scheme, block)
+    assert same(a.absmax[order], b.absmax) and same(a.packed.view(len(x), -1)[order], b.packed.view(len(x), -1))
+    assert same(a.dequantize()[order], b.dequantize())
+
+
+TABLE = {  # REFERENCE, section 2: mean absolute and root mean square error of N(0, 1)
+    32: ((0.0677, 0.0873), (0.0758, 0.0905), (0.00448, 0.00535)), 64: ((0.0728, 0.0920), (0.0852, 0.100), (0.00503, 0.00593)),
+    128: ((0.0768, 0.0956), (0.0935, 0.109), (0.00552, 0.00646)), 256: ((0.0803, 0.0986), (0.101, 0.118), (0.00597, 0.00696)),
+    1024: ((0.0866, 0.104), (0.115, 0.133), (0.00677, 0.00786)), 4096: ((0.0925, 0.110), (0.127, 0.147), (0.00748, 0.00867))}
+
+
+def last_digit(value):
+    """Half a unit in the last of value's three digits."""
+    return 0.5 * 10.0 ** (math.floor(math.log10(value)) - 2)
+
+
+def deviation(per_block):
+    return (per_block.std() / math.sqrt(len(per_block))).item()
+
+
+@pytest.mark.parametrize("block", TABLE)
+def test_expected_error(block):
+    x = torch.randn(2**20, generator=torch.Generator().manual_seed(block))
+    for scheme, (mean, rms) in zip(("nf4", "linear4", "int8"), TABLE[block]):
+        error = (quantize(x, scheme, block).dequantize() - x).double().view(-1, block)
+        size, square = error.abs().mean(1), error.square().mean(1)
+        assert abs(size.mean() - mean) <= 5 * deviation(size) + last_digit(mean)
+        assert abs(square.mean().sqrt() - rms) <= 5 * deviation(square) / (2 * rms) + last_digit(rms)
+        assert mean == TABLE[block][0][0] or scheme == "int8" or mean > TABLE[block][0][0]      # evenly spaced is worse
+
+
+@pytest.mark.parametrize("block, added", [(32, 0.00015), (64, 0.00007), (128, 0.00004)])
+def test_expected_error_of_double_quantization(block, added):
+    x = torch.randn(2**22, generator=torch.Generator().manual_seed(block))
+    more, less = ((quantize(x, "nf4", block, double).dequantize() - x).double().abs().view(-1, block).mean(1) for double in (True, False))
+    assert abs((more - less).mean() - added) <= 5 * deviation(more - less) + 0.5e-5
