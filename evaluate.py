@@ -234,10 +234,10 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
             best_length = torch.cat((best_length, torch.full_like(token, length)), 1).gather(1, order)
             running, order = torch.where(ends, -math.inf, scores).topk(K)
             text, origin = grown[rows[:, None], order], origin.gather(1, order)
-            if bool((best[:, -1] >= running[:, 0] / length**length_penalty).all()) or cache.length == model.config.block_size:
+            if bool((best[:, -1] >= running[:, 0] / length**length_penalty).all()) or cache.seen + model.reserved == model.config.block_size:
                 break
             cache.select((rows[:, None] * K + origin).flatten())
-            logits = model.head(model.hidden(text[:, :, -1].reshape(-1, 1), cache, cache.pos[:, -1:] + 1)[:, -1])
+            logits = model.head(model.hidden(text[:, :, -1].reshape(-1, 1), cache, cache.next)[:, -1])
         else:
             length = max_new_tokens
         padded = torch.cat((best_text, best_text.new_zeros(B, K, text.size(-1) - best_text.size(-1))), -1)

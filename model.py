@@ -131,7 +131,7 @@ class Embed(nn.Module):
         self.positions = nn.Embedding(rows, config.n_embd) if config.position == "learned" else None
 
     def forward(self, tokens, pos, past):
-        """tokens (B, T); pos (T,) or (B, T), negative for padding; past: positions already in the cache.
+        """tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache.
 
         Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where past is 0.
         """
@@ -146,12 +146,6 @@ def rotate(x, rope):
     cos, sin = rope
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
-
-
-def attend(q, k, v, mask):
-    """softmax(q k^T / sqrt(head_dim)) v. mask: None for causal, or bool (B or 1, 1, T, S), True where seen."""
-    gqa = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
 
 
 class Attention(nn.Module):
@@ -174,11 +168,16 @@ class Attention(nn.Module):
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
         return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
 
+    def attend(self, q, k, v, mask):
+        """softmax(q k^T / sqrt(head_dim)) v. mask: None for causal, or bool (B or 1, 1, T, S), True where seen."""
+        gqa = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
+
     def forward(self, x, rope, mask, cache):
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(k, v)
-        y = attend(q, k, v, mask)
+        y = self.attend(q, k, v, mask)
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -297,10 +296,7 @@ class Cache:
 
     def __init__(self, n_layer, size):
         self.layers, self.pos = [LayerCache(size) for _ in range(n_layer)], None
-
-    @property
-    def length(self):
-        return self.layers[0].length
+        self.seen, self.next = 0, None                           # tokens so far, and the position (B, 1) of the next one
 
     def mask(self, pos):
         """Adds the positions (B, T) of new tokens; returns who sees whom, bool (B, 1, T, S)."""
@@ -310,7 +306,7 @@ class Cache:
 
     def select(self, rows):
         """Reorders the batch: row i becomes what row rows[i] was (beam search, finished rows)."""
-        self.pos = self.pos[rows]
+        self.pos, self.next = self.pos[rows], self.next[rows]
         for layer in self.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
 
@@ -326,6 +322,7 @@ class GPT(nn.Module):
         """config: GPTConfig; dtype: the type of the computation, not of the weights (they are float32 here)."""
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
+        self.reserved = 0                                        # positions of the context that are not the tokens' own
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
@@ -361,12 +358,14 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None, pos=None):
         """The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd)."""
         B, T = tokens.shape
-        past = cache.length if cache is not None else 0
+        past = cache.seen if cache is not None else 0
+        if past + T + self.reserved > self.config.block_size:
+            raise ValueError(f"{past + T + self.reserved} positions, but the model's context is {self.config.block_size}")
         if pos is None:
             pos = past + torch.arange(T, device=tokens.device)
+        if cache is not None:
+            cache.seen, cache.next = past + T, pos.expand(B, -1)[:, -1:] + 1
         x, pos = self.embed(tokens, pos, past)
-        if past + x.size(1) > self.config.block_size:
-            raise ValueError(f"{past + x.size(1)} positions, but the model's context is {self.config.block_size}")
         mask = None if cache is None else cache.mask(pos.expand(B, -1))
         x, rope = x.to(self.dtype), self.rope(pos)
         for i, block in enumerate(self.blocks):
@@ -411,9 +410,9 @@ class GPT(nn.Module):
             token = sample(self.head(x[:, -1]), temperature, top_k, top_p, generator)
             yield torch.where(ended, -1, token.cpu())
             ended |= torch.isin(token.cpu(), stop)
-            if ended.all() or cache.length == self.config.block_size:
+            if ended.all() or cache.seen + self.reserved == self.config.block_size:
                 return
-            tokens, pos = token[:, None], cache.pos[:, -1:] + 1
+            tokens, pos = token[:, None], cache.next
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
         """Continues prompts with a key-value cache.
