@@ -690,6 +690,8 @@ def _special(inner, folder, config, role, usual):
 @dataclass
 class Encoded:
     sequences: list              # of (ids, n_prompt)
+    block_size: int              # none is longer, nor are batches of them
+    block_size: int              # none is longer, nor are batches of them
     n_cut: int = 0               # sequences that lost their end to block_size
     n_empty: int = 0             # sequences left out, because nothing in them was supervised
     n_supervised: int = 0        # targets that count
@@ -708,7 +710,7 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
     if not examples:
         raise ValueError("there are no examples to encode: the split is empty")
-    result = Encoded([])
+    result = Encoded([], block_size)
     vocab_size = vocab_size or tokenizer.vocab_size
     for example in examples:
         prompt = tokenizer.encode_prompt(format_prompt(example.prompt, template))
@@ -742,9 +744,14 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
     return result
 
 
-def collate(sequences):
+def padded(length, block_size):
+    """Lengths of batches are multiples of 8 up to block_size: fewer shapes to prepare kernels for, and none that is slow."""
+    return np.minimum(-(-length // 8) * 8, block_size)
+
+
+def collate(sequences, block_size):
     """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with token 0 and target -1."""
-    T = max(len(ids) for ids, _ in sequences) - 1
+    T = padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
     tokens, targets = np.zeros((len(sequences), T), np.int64), np.full((len(sequences), T), -1, np.int64)
     for row, (ids, n_prompt) in enumerate(sequences):
         start = max(n_prompt, 1)
@@ -766,7 +773,7 @@ class Batches:
             raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
         if not encoded.sequences:
             raise ValueError("there are no sequences to make batches of")
-        self.sequences, self.rank, self.world_size = encoded.sequences, rank, world_size
+        self.sequences, self.block_size, self.rank, self.world_size = encoded.sequences, encoded.block_size, rank, world_size
         self.lengths = np.array([len(ids) - 1 for ids, _ in self.sequences])
         self.global_batch, self.seed = batch_size * world_size, seed
         self._open(0)
@@ -799,13 +806,13 @@ class Batches:
             self._open(self.epoch + 1)
         rows = self._plan[self.index][self.rank::self.world_size]
         self.index += 1
-        return collate([self.sequences[i] for i in rows])
+        return collate([self.sequences[i] for i in rows], self.block_size)
 
     @property
     def padding(self):
         """Share of the positions of this epoch's batches, as this process gets them, that are padding."""
         lengths = self.lengths[self._plan[:, self.rank::self.world_size]]                        # (n_batches, batch_size)
-        return float(1 - lengths.sum() / (lengths.max(1).sum() * lengths.shape[1]))
+        return float(1 - lengths.sum() / (padded(lengths.max(1), self.block_size).sum() * lengths.shape[1]))
 
     def state_dict(self):
         return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
@@ -828,7 +835,7 @@ def eval_batches(encoded, batch_size, limit=None):
     if limit and limit * batch_size < len(sequences):
         sequences = [sequences[i * len(sequences) // (limit * batch_size)] for i in range(limit * batch_size)]
     sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
-    return [collate(sequences[i:i + batch_size]) for i in range(0, len(sequences), batch_size)]
+    return [collate(sequences[i:i + batch_size], encoded.block_size) for i in range(0, len(sequences), batch_size)]
 
 
 # -----------------------------------------------------------------------------

@@ -539,7 +539,8 @@ class Task:
         corpus = data.load(config.data)
         context = model.config.block_size
         length = min(config.block_size or context, context) - peft.virtual_positions(config.method, dataclasses.asdict(config))
-        encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long) for split in ("train", "val")}
+        encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
+                                      vocab_size=model.config.vocab_size) for split in ("train", "val")}
         fingerprints = {"base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
         return cls(model, tokenizer, corpus, encoded, fingerprints, sum(storage_by_type(model).values()))
 
