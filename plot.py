@@ -110,7 +110,7 @@ def codebooks(files):
     import quant
     if files:
         import hub
-        weights = torch.cat([t.float().flatten() for t in hub.read_tensors(files[0]) if t.dim() == 2])
+        weights = torch.cat([t.float().flatten() for _, t in hub.read_tensors(files[0]) if t.dim() == 2])
     else:
         weights = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     weights = weights[:len(weights) // 64 * 64]

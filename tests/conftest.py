@@ -38,3 +38,42 @@ def refused(script):
         assert done.returncode == 2 and len(lines) == 1, (done.returncode, done.stdout, done.stderr)
         return lines[0]
     return run
+
+
+@pytest.fixture(scope="session")
+def peer():
+    """peer(code, *args) -> what the code prints, run by the interpreter of the peers, where our peft.py cannot shadow theirs."""
+    if "NANOPEFT_PEERS" not in os.environ:
+        pytest.skip("NANOPEFT_PEERS does not name a Python with requirements-peers.txt")
+
+    def run(code, *args, timeout=240):
+        done = subprocess.run([os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", code, *map(str, args)], cwd="/", timeout=timeout, capture_output=True,
+                              text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"})
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+    return run
+
+
+FAMILIES = {
+    "gpt2": dict(),
+    "opt": dict(position_offset=2, activation="relu"),
+    "llama": dict(n_kv_head=2, n_ffn=40, position="rope", norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias=False, tied=False),
+}
+
+
+def tiny(family, **changes):
+    """A GPTConfig of two layers in one of the three families."""
+    from model import GPTConfig
+    return GPTConfig(**{"vocab_size": 61, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32} | FAMILIES[family] | changes)
+
+
+def saved_bytes(function):
+    """Bytes of the distinct storages that autograd keeps while function runs, without parameters and buffers of modules."""
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    return kept, result

@@ -1,0 +1,213 @@
+"""model.py against float64 arithmetic written out, and (test_hub.py) against the transformers library."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+import model as model_file
+from conftest import FAMILIES, tiny
+from model import GPT, PRESETS, Cache, GPTConfig, cross_entropy, sample
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def build(family, dtype=torch.float32, **changes):
+    torch.manual_seed(0)
+    model = GPT(tiny(family, **changes), dtype)
+    for p in model.parameters():                                 # biases and norms too, and larger than at a real start
+        p.data += 0.1 * torch.randn_like(p)
+    return model
+
+
+def written_out(model, tokens):
+    """The families' definitions, a token and a head at a time, in float64. tokens: list of ids -> logits (T, V)."""
+    c, w = model.config, {n: p.double() for n, p in model.named_parameters()}
+    w.setdefault("head.weight", w["embed.tokens.weight"])
+    d = c.n_embd // c.n_head
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0)
+
+    def norm(name, x):
+        if c.norm == "rms":
+            return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.weight"]
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).sqrt() * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def act(x):
+        return {"relu": lambda: x.clamp(min=0), "silu": lambda: x / (1 + (-x).exp()),
+                "gelu_tanh": lambda: 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())}[c.activation]()
+
+    def turn(x, t):
+        out = x.clone()
+        for i in range(d // 2):
+            angle = t / c.rope_theta ** (2 * i / d)
+            a, b = x[i], x[i + d // 2]
+            out[i], out[i + d // 2] = a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)
+        return out
+
+    x = torch.stack([w["embed.tokens.weight"][t] for t in tokens])
+    if c.position == "learned":
+        x = x + torch.stack([w["embed.positions.weight"][t + c.position_offset] for t in range(len(tokens))])
+    for i in range(c.n_layer):
+        h = norm(f"blocks.{i}.norm1", x)
+        q, k, v = (linear(f"blocks.{i}.attn.{n}", h) for n in "qkv")
+        y = torch.zeros(len(tokens), c.n_head * d, dtype=torch.float64)
+        for head in range(c.n_head):
+            ours, shared = slice(head * d, head * d + d), head // (c.n_head // c.kv_heads)
+            theirs = slice(shared * d, shared * d + d)
+            for t in range(len(tokens)):
+                rotated = (lambda x, s: turn(x, s)) if c.position == "rope" else (lambda x, s: x)
+                scores = torch.stack([rotated(q[t, ours], t) @ rotated(k[s, theirs], s) / math.sqrt(d) for s in range(t + 1)])
+                y[t, ours] = sum(p * v[s, theirs] for s, p in enumerate(scores.softmax(0)))
+        x = x + linear(f"blocks.{i}.attn.out", y)
+        h = norm(f"blocks.{i}.norm2", x)
+        up = linear(f"blocks.{i}.ffn.up", h)
+        x = x + linear(f"blocks.{i}.ffn.down", act(linear(f"blocks.{i}.ffn.gate", h)) * up if c.gated else act(up))
+    return norm("norm", x) @ w["head.weight"].T
+
+
+@FAMILY
+def test_the_definition(family):
+    model = build(family, torch.float64).double()
+    tokens = [3, 1, 4, 1, 5, 9, 2]
+    if family == "llama":                                        # the tables of angles are float32
+        model.cos, model.sin = (t.double() for t in model._rope_table())
+        assert torch.allclose(model(torch.tensor([tokens]))[0][0], written_out(model, tokens), atol=1e-6)
+    else:
+        assert torch.allclose(model(torch.tensor([tokens]))[0][0], written_out(model, tokens), atol=1e-12)
+
+
+@given(st.integers(1, 40), st.integers(2, 90), st.integers(0, 3), st.sampled_from([0.0, 0.1]), st.booleans())
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_loss_in_chunks(N, V, masked, smoothing, train_weight):
+    torch.manual_seed(N * V)
+    x, W = torch.randn(N, 7, dtype=torch.float64, requires_grad=True), torch.randn(V, 7, dtype=torch.float64, requires_grad=train_weight)
+    targets = torch.randint(V, (N,))
+    targets[torch.rand(N) < masked / 3] = -1
+    loss = cross_entropy(x, W, targets, smoothing)
+    if bool((targets >= 0).any()):
+        expected = F.cross_entropy(x @ W.T, targets, ignore_index=-1, label_smoothing=smoothing)
+    else:
+        expected = (x * 0).sum() + (W * 0).sum()
+    assert torch.allclose(loss, expected, atol=1e-12)
+    leaves = [x, W] if train_weight else [x]
+    for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_loss_in_several_chunks(monkeypatch):
+    torch.manual_seed(0)
+    x, W, targets = torch.randn(300, 8, requires_grad=True), torch.randn(2**18, 8), torch.randint(2**18, (300,))
+    loss = cross_entropy(x, W, targets)                          # 64 rows a chunk
+    expected = F.cross_entropy(x @ W.T, targets)
+    assert torch.allclose(loss, expected)
+    assert torch.allclose(*(torch.autograd.grad(l, x)[0] for l in (loss, expected)), atol=1e-6)
+
+
+def test_logits_never_exist_at_once():
+    """At 4 x 512 tokens of GPT-2's vocabulary they would take 412 MB; a chunk takes 64 MB, and no operation makes more."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.seen = max(self.seen, out.untyped_storage().nbytes())
+            return out
+    x, W = torch.randn(2048, 4, requires_grad=True), torch.randn(50257, 4)
+    with Largest() as largest:
+        cross_entropy(x, W, torch.randint(50257, (2048,))).backward()
+    assert largest.seen <= 2**26 + 2**20 < 2048 * 50257 * 4
+
+
+@FAMILY
+def test_cache_is_the_same_function(family):
+    model = build(family)
+    tokens = torch.randint(61, (3, 20))
+    whole = model(tokens)[0]
+    cache = Cache(2, 48)
+    parts = [model.head(model.hidden(part, cache)) for part in tokens.split([7, 1, 1, 11], 1)]
+    assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-5)
+
+
+@FAMILY
+def test_prompts_of_different_lengths(family):
+    model = build(family)
+    prompts = [[1], [2, 3, 4, 5, 6, 7, 8], [9, 10, 11]]
+    together = model.generate(prompts, 12, temperature=0)
+    assert together == [model.generate([p], 12, temperature=0)[0] for p in prompts]
+    for prompt, out in zip(prompts, together):
+        assert out[:len(prompt)] == prompt and len(out) == len(prompt) + 12
+        logits = model(torch.tensor([out[:-1]]))[0][0]
+        assert logits.argmax(-1).tolist()[len(prompt) - 1:] == out[len(prompt):]
+
+
+def test_generation_stops():
+    model = build("gpt2")
+    free = model.generate([[1], [2, 3]], 20, temperature=0)
+    stop = free[0][4]
+    stopped = model.generate([[1], [2, 3]], 20, temperature=0, stop=[stop, 60])
+    for a, b in zip(stopped, free):
+        assert b[:len(a)] == a and (stop not in a[2:-1]) and (len(a) == len(b) or a[-1] in (stop, 60))
+    assert len(model.generate([[1] * 40], 100, temperature=0)[0]) <= 49          # at the context's end, one beyond it
+
+
+def test_sampling():
+    torch.manual_seed(0)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(40000, -1)
+    p = logits[0].softmax(-1)
+    share = torch.bincount(sample(logits), minlength=4) / 40000
+    assert torch.allclose(share, p, atol=0.01)
+    assert sample(logits, temperature=0).unique().tolist() == [0]
+    share = torch.bincount(sample(logits, temperature=0.5), minlength=4) / 40000
+    assert torch.allclose(share, (logits[0] / 0.5).softmax(-1), atol=0.01)
+    assert sample(logits, top_k=2).unique().tolist() == [0, 1]
+    assert sample(logits, top_p=0.7).unique().tolist() == [0, 1]                 # .64 + .24: the one that crosses stays
+    assert sample(logits, top_p=0.6).unique().tolist() == [0]
+
+
+@FAMILY
+def test_checkpointing_changes_nothing(family):
+    results = []
+    for checkpointing in (False, True):
+        model = build(family)
+        model.checkpointing = checkpointing
+        tokens = torch.arange(40).view(2, 20)
+        loss = model(tokens, tokens.roll(-1, 1))[1]
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_presets_have_their_published_sizes():
+    with torch.device("meta"):
+        sizes = {name: GPT(PRESETS[name]).num_params() for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "opt-1.3b", "tinyllama-1.1b", "llama-7b", "llama-65b")}
+    assert sizes == {"gpt2": 124439808, "gpt2-medium": 354823168, "gpt2-large": 774030080, "gpt2-xl": 1557611200, "opt-1.3b": 1315758080,
+                     "tinyllama-1.1b": 1100048384, "llama-7b": 6738415616, "llama-65b": 65285660672}
+
+
+@pytest.mark.parametrize("changes, words", [
+    (dict(n_layer=0), "n_layer is 0"), (dict(n_head=5), "n_embd 32 is not a multiple of n_head 5"), (dict(n_kv_head=3), "n_head 4 is not a multiple of n_kv_head 3"),
+    (dict(activation="swish"), "activation is 'swish'"), (dict(position="alibi"), "position is 'alibi'")])
+def test_impossible_configurations(changes, words):
+    with pytest.raises(ValueError, match=words):
+        tiny("gpt2", **changes)
+
+
+def test_beyond_the_context():
+    model = build("gpt2")
+    with pytest.raises(ValueError, match="49 positions, but the model's context is 48"):
+        model(torch.zeros(1, 49, dtype=torch.long))
+    with pytest.raises(ValueError, match="an empty prompt"):
+        model.generate([[]], 3)
+
+
+def test_the_file_knows_nothing_of_the_others():
+    assert not {"peft", "quant", "hub", "train"} & set(vars(model_file))
+    assert GPTConfig() == PRESETS["gpt2"]
