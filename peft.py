@@ -518,19 +518,20 @@ def base_parameters(model):
 
 
 def count_parameters(model):
-    """{"trainable", "total", "by_method", "by_layer"}, of logical shapes: 4-bit weights count as the weights that they are.
+    """{"trainable", "base", "total", "by_method", "by_layer"}, of logical shapes: 4-bit weights count as the weights that they are.
 
-    total: the base and what was added; by_method and by_layer ("blocks.0", "embed", ..) sum to trainable.
+    total: the base and what was added to it; by_method and by_layer ("blocks.0", "embed", ..) sum to trainable.
     """
-    total = sum(m.weight_q.numel() for m in model.modules() if isinstance(m, quant.QuantLinear))
-    by_method, by_layer = {}, {}
+    base = sum(m.weight_q.numel() for m in model.modules() if isinstance(m, quant.QuantLinear))
+    base += sum(p.numel() for _, p in base_parameters(model))
+    total, by_method, by_layer = base, {}, {}
     for name, p, method in named(model):
-        total += p.numel()
+        total += p.numel() * (method is not None and method not in model.unfrozen)
         if method:
             layer = ".".join(name.split(".")[:2 if name.startswith("blocks.") else 1])
             by_method[method] = by_method.get(method, 0) + p.numel()
             by_layer[layer] = by_layer.get(layer, 0) + p.numel()
-    return {"trainable": sum(by_method.values()), "total": total, "by_method": by_method, "by_layer": by_layer}
+    return {"trainable": sum(by_method.values()), "base": base, "total": total, "by_method": by_method, "by_layer": by_layer}
 
 
 def param_groups(model, learning_rate, weight_decay, lora_plus_ratio=1.0):

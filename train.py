@@ -56,6 +56,7 @@ class Config:
     lora_plus_ratio: float = 1.0      # LoRA+: learning rate of B over that of A
     adapter_style: str = "houlsby"    # houlsby, pfeiffer or lin
     adapter_size: int = 64            # bottleneck width
+    adapter_activation: str = "relu"  # relu, gelu, swish or tanh
     prefix_length: int = 16           # s_k and s_v, in positions
     prefix_style: str = "before"      # before the projection (slide) or after (Li and Liang)
     prefix_tied: bool = False         # s_k = s_v (before only)
@@ -103,6 +104,8 @@ class Config:
                      "learning_rate", "min_lr", "weight_decay", "grad_clip", "label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, at least 0")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
         for name in ("beta1", "beta2", "label_smoothing", "dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
@@ -115,6 +118,7 @@ CHOICES = {"quant": ("", "nf4", "linear4", "int4", "int8"), "lr_schedule": ("cos
            "template": ("pipe", "raw"), "dtype": ("auto", "float32", "bfloat16")}
 MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "resume", "dry_run")    # when resuming
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
 def convert(name, value, where):
@@ -133,7 +137,7 @@ def convert(name, value, where):
         if type(value) is not kind:
             raise ValueError
     except (ValueError, KeyError):
-        raise ValueError(f"{where}: {name} is {value!r}; it must be {'true or false' if kind is bool else 'a ' + kind.__name__}") from None
+        raise ValueError(f"{where}: {name} is {value!r}; it must be {KINDS[kind]}") from None
     return value
 
 
@@ -149,7 +153,7 @@ def read_toml(path):
 
 
 def write_toml(config):
-    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}" for name, value in dataclasses.asdict(config).items())
+    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f") for name, value in dataclasses.asdict(config).items())
     return "\n".join(lines) + "\n"
 
 
@@ -444,9 +448,20 @@ def snapshot(model, optimizer, batches, config, progress, fingerprints):
             "rng": {"cpu": torch.get_rng_state()} | cuda, "data": batches.state_dict(), "progress": dict(progress), "fingerprints": fingerprints}
 
 
+def newest_state(folder):
+    """The last state that was saved whole: state.pt, or the one before it with a warning."""
+    try:
+        return peft.read_file(folder / "state.pt")
+    except ValueError as error:
+        if not (folder / "state.before.pt").is_file():
+            raise
+        print(f"{error}; going on from state.before.pt", file=sys.stderr)
+        return peft.read_file(folder / "state.before.pt")
+
+
 def restore(path, model, optimizer, batches, progress, fingerprints):
     """The inverse of snapshot; whatever does not fit is refused before anything is changed."""
-    state = peft.read_file(path)
+    state = newest_state(path)
     missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
     if missing or "cpu" not in state.get("rng", {}):
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing)) or 'the state of the random generator'}; it cannot be resumed")
@@ -560,12 +575,13 @@ def describe(config, folder, task, report):
     """What the run is about to do."""
     counts, encoded = peft.count_parameters(task.model), task.encoded["train"]
     storage = ", ".join(f"{size(n)} {kind}" for kind, n in storage_by_type(task.model).items())
+    c = task.model.config
     per_step = config.batch_size * config.gradient_accumulation_steps * WORLD_SIZE
-    say(f"base       {config.base}: {task.model.config.n_layer} layers x {task.model.config.n_embd}, {task.model.num_params():,} parameters" if not config.quant else
-        f"base       {config.base}: {task.model.config.n_layer} layers x {task.model.config.n_embd}, linear layers in {config.quant}",
+    say(f"base       {config.base}: {c.n_layer} layers x {c.n_embd}, {counts['base']:,} parameters"
+        + (f", linear layers in {config.quant}" if config.quant else ""),
         *(f"method     {line}" for line in report),
         f"trained    {counts['trainable']:,} of {counts['total']:,} parameters ({counts['trainable'] / counts['total']:.2%})",
-        f"storage    {storage}; computed in {config.dtype} on {config.device}",
+        f"storage    {storage}; computed in {config.dtype} on {task.model.head.weight.device}",
         f"data       {config.data}: {len(task.corpus.train)} / {len(task.corpus.val)} / {len(task.corpus.test)} train / val / test, "
         f"{len(encoded.sequences)} training sequences, {encoded.n_supervised / max(encoded.n_tokens, 1):.0%} of tokens supervised"
         + (f", {encoded.n_cut} cut" if encoded.n_cut else "") + (f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""),
@@ -607,7 +623,7 @@ def train(config):
         optimizer = make_optimizer(task.model, config)
         batches = data.Batches(task.encoded["train"], config.batch_size, config.seed, RANK, WORLD_SIZE)
         if config.resume:
-            restore(folder / "state.pt", task.model, optimizer, batches, progress, task.fingerprints)
+            restore(folder, task.model, optimizer, batches, progress, task.fingerprints)
             say(f"resumed    at step {progress['step']}")
         elif RANK == 0:
             task.tokenizer.save(folder)
@@ -625,6 +641,10 @@ def loop(config, folder, device, task, optimizer, batches, progress):
 
     def save():
         if RANK == 0:
+            if (folder / "state.pt").is_file():
+                (folder / "state.link").unlink(missing_ok=True)
+                os.link(folder / "state.pt", folder / "state.link")
+                os.replace(folder / "state.link", folder / "state.before.pt")
             peft.save_file(folder / "state.pt", snapshot(model, optimizer, batches, config, progress, task.fingerprints))
 
     def check():
@@ -679,7 +699,7 @@ def skip_or_stop(folder, progress, loss, norm, micro_batches):
 
 def finish(config, folder, task, progress):
     """Best adapter, samples, metrics, and what to do next."""
-    peft.load_adapter(task.model, folder / "adapter.pt")
+    peft.load_adapter(task.model, folder / "adapter.pt", replace=True)
     if config.base == "new":
         import hub
         hub.save_base(task.model, folder)

@@ -56,11 +56,12 @@ def test_qlora_is_lora_on_nf4():
 
 @pytest.mark.parametrize("flags, words", [
     ("--rnk 3", "unknown key 'rnk'; the nearest is 'rank'"),
-    ("--rank x", "rank is 'x'; it must be a int"),
+    ("--rank x", "rank is 'x'; it must be a whole number"),
     ("--rank 0", "rank is 0; it must be at least 1"),
     ("--rank", "--rank needs a value"),
     ("--learning_rate nan", "learning_rate is nan"),
-    ("--learning_rate -1", "learning_rate is -1.0"),
+    ("--learning_rate -1", "learning_rate is -1.0; it must be a number, at least 0"),
+    ("--learning_rate 0", "learning_rate is 0.0; it must be above 0"),
     ("--dropout 1", "dropout is 1.0"),
     ("--quant nf5", "quant is 'nf5'; it must be one of nf4, linear4, int4, int8"),
     ("rank 3", "rank: no such file"),
