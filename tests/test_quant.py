@@ -223,7 +223,8 @@ def weights(draw, dtypes=DTYPES, low=-20, high=10):
     elif kind == "listed":
         few = draw(st.lists(st.floats(-2, 2, width=16), min_size=1, max_size=8))
         x = torch.tensor(few)[torch.randint(len(few), shape, generator=generator)]
-    return (x * 2.0 ** draw(st.integers(low, high))).to(draw(st.sampled_from(dtypes)))
+    dtype = draw(st.sampled_from(dtypes))
+    return (x * 2.0 ** draw(st.integers(low, high))).clamp(-(top := torch.finfo(dtype).max), top).to(dtype)
 
 
 schemes, blocks = st.sampled_from(SCHEMES), st.sampled_from([*BLOCKS, "row"])
@@ -280,7 +281,7 @@ def test_powers_of_two_commute(x, scheme, block, k):
 
 
 @quick
-@given(weights(dtypes=(torch.float32,)), schemes, blocks, st.floats(0.1, 10, width=32))
+@given(weights(dtypes=(torch.float32,)), schemes, blocks, st.floats(0.125, 10, width=32))
 def test_codes_do_not_depend_on_scale(x, scheme, block, factor):
     """But where a normalized weight lies within rounding of a boundary."""
     a, b = quantize(x, scheme, block), quantize(x * factor, scheme, block)
