@@ -921,7 +921,7 @@ def main(args):
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("download", help="fetch, check and unpack a data set")
     command.add_argument("dataset", choices=["e2e"])
-    command.add_argument("folder")
+    command.add_argument("folder", nargs="?", default="e2e")
     command.add_argument("--archive", help="e2e-dataset.zip on disk, where there is no network")
     command.add_argument("--sha256", help="what the archive's SHA-256 must be; the files' own are always checked")
     options = parser.parse_args(args)

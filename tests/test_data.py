@@ -1,0 +1,285 @@
+"""The embedded corpus, the readers, the tokenizer, masks and batches."""
+
+import csv
+import hashlib
+import io
+import json
+import re
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import data
+from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    corpus = load("embedded")
+    return Tokenizer.train([t for e in corpus.train[:300] for t in e.references], 600)
+
+
+# -----------------------------------------------------------------------------
+# the embedded world
+
+
+def test_embedded_corpus_tests_generalization():
+    corpus = load("embedded")
+    prompts = [{e.prompt for e in split} for split in (corpus.train, corpus.val, corpus.test)]
+    assert [len(p) for p in prompts] == [1500, 100, 100] and len(set().union(*prompts)) == 1700
+    names = [{parse_mr(p)["name"] for p in split} for split in prompts]
+    assert len(names[1] - names[0]) > 20 and len(names[2] - names[0]) > 20       # names that training never shows
+    texts = [t for e in corpus.train for t in e.references]
+    assert len(texts) > 4000 and len(set(texts)) > 0.98 * len(texts)
+    assert all(len(set(e.references)) == len(e.references) >= 3 for e in corpus.train)
+    assert corpus.fingerprint == load("embedded").fingerprint
+
+
+def test_embedded_texts_say_what_the_representation_says():
+    told = []
+    for example in load("embedded").test:
+        mr = parse_mr(example.prompt)
+        for text in example.references:
+            assert mr["name"].lower() in text.lower(), (mr, text)
+            told += [mr[key].lower() in text.lower() for key in ("food", "near", "area") if key in mr]
+            assert text[0] == text[0].upper() and text[-1] in ".!?" and "  " not in text and not re.search(r" [,.]|\ba [aeio]", text), text
+    assert len(told) > 500 and sum(told) > 0.98 * len(told)      # as in E2E, a text may leave something out
+
+
+def test_plain_text_never_shows_the_mapping():
+    corpus, plain = load("embedded"), "\n".join(data.plain_text())
+    assert "[" not in plain and "||" not in plain and 1_500_000 < len(plain) < 4_000_000
+    held_out = {parse_mr(e.prompt)["name"] for e in corpus.test} - {parse_mr(e.prompt)["name"] for e in corpus.train}
+    assert not [name for name in held_out if re.search(rf"(?<!The ){name}", plain)]      # "The Blue Oven" is another place
+
+
+# -----------------------------------------------------------------------------
+# files
+
+
+def test_real_csv(real_data):
+    corpus = load(real_data / "e2e")
+    text = (real_data / "e2e" / "testset_w_refs.csv").read_text(encoding="utf-8-sig")
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["mr"], []).append(row["ref"])
+    assert {e.prompt: e.references for e in corpus.test} == groups and len(corpus.test) == 630
+    assert not {e.prompt for e in corpus.train} & {e.prompt for e in corpus.val}
+    assert len(corpus.train) + len(corpus.val) == 547
+
+
+def test_templates():
+    mr = "name[The Plough], eatType[pub], priceRange[£20-25], familyFriendly[no], customer rating[5 out of 5]"
+    assert format_prompt(mr, "pipe") == "name : The Plough | Type : pub | price : £20-25 | family friendly : no | customer rating : 5 out of 5||"
+    assert format_prompt(mr, "raw") == mr + "\n" and format_prompt("Write a poem.", "pipe") == "Write a poem."
+
+
+def test_json_lines_and_text(tmp_path):
+    lines = [{"prompt": f"p{i // 2}", "completion": f"c{i}"} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    corpus = load(tmp_path / "a.jsonl")
+    assert sorted((e.prompt, *e.references) for s in (corpus.train, corpus.val, corpus.test) for e in s) == [(f"p{i}", f"c{2 * i}", f"c{2 * i + 1}") for i in range(4)]
+    (tmp_path / "a.txt").write_bytes(b"One\r\nline.\r\n\r\nTwo.\n\n\nThree.\n\nTwo.\n")
+    corpus = load(tmp_path / "a.txt")
+    assert sorted(e.references[0] for s in (corpus.train, corpus.val, corpus.test) for e in s) == ["One\nline.", "Three.", "Two."]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("a.csv", b"mr,text\nname[x],y\n", "no column ref; found mr, text"), ("a.csv", b'mr,ref\n"name[x]",a\n"name[y]",a,b\n', "line 3: 3 columns where the header has 2"),
+    ("a.csv", b'mr,ref\nname[x],"a\n', "line 2"), ("a.csv", b"mr,ref\nname[x],\n", "line 2: ref is empty"), ("a.csv", b"mr,ref\nhello,a\n", "line 2: 'hello' is no representation"),
+    ("a.csv", b"mr,ref\n", "no examples"), ("a.csv", b"", "empty"), ("a.csv", b"mr,ref\nname[x],\xff\n", "line 2: byte 0xff is not UTF-8"),
+    ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2: not JSON"), ("a.jsonl", b'{"prompt": "a"}\n', "line 1: needs prompt and completion; found prompt"),
+    ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "line 1: prompt is not text"), ("a.jsonl", b'{"prompt": "", "completion": " "}\n', "line 1: completion is empty"),
+    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .jsonl, .txt"),
+])
+def test_files_that_are_refused(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(tmp_path / name)
+
+
+def test_folders_that_hold_no_data(tmp_path):
+    with pytest.raises(ValueError, match="found nothing"):
+        load(tmp_path)
+    (tmp_path / "x.md").touch()
+    with pytest.raises(ValueError, match="no data there; it must hold trainset.csv or devset.csv, or train.jsonl; found x.md"):
+        load(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder, nor one of the names embedded, plain"):
+        load("nothing")
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+@settings(derandomize=True, deadline=None, max_examples=100)
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")))
+def test_every_text_survives(tokenizer, text):
+    text = text.replace("▁", "")                            # SentencePiece's own sign for a space
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text.removeprefix(" ") or tokenizer.decode(ids) == text
+    assert not {tokenizer.bos, tokenizer.eos} & set(ids)
+
+
+def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert (again.fingerprint, again.vocab_size, again.bos, again.eos) == (tokenizer.fingerprint, tokenizer.vocab_size, 1, 2)
+
+
+def test_gpt2s_tokenizer(real_data, tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    ours, theirs = Tokenizer.load(real_data / "gpt2"), tokenizers.Tokenizer.from_file(str(real_data / "gpt2" / "tokenizer.json"))
+    text = "name : The Plough | Type : pub||The Plough costs £20, doesn't it? <|endoftext|>"
+    assert ours.encode("Hello world") == [15496, 995] and (ours.bos, ours.eos) == (50256, 50256)
+    assert ours.encode("hi there") == theirs.encode("hi there").ids and 50256 not in ours.encode(text) and ours.decode(ours.encode(text)) == text
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((real_data / "gpt2" / name).read_bytes())
+    assert Tokenizer.load(tmp_path).encode("The Plough costs £20") == ours.encode("The Plough costs £20")
+
+
+@pytest.mark.parametrize("name, content", [("tokenizer.model", b""), ("tokenizer.model", b"abc"), ("tokenizer.json", b"{}"), ("tokenizer.json", b"\xff")])
+def test_tokenizers_that_are_refused(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match="not a"):
+        Tokenizer.load(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer there"):
+        Tokenizer.load(tmp_path / "none")
+
+
+# -----------------------------------------------------------------------------
+# sequences
+
+
+def test_mask_is_a_position(tokenizer):
+    """Prompt tokens are masked also where the completion has the same ones, and the end token is supervised."""
+    encoded = encode([Example("the the", ["the the"])], tokenizer, 64)
+    tokens, targets = collate(encoded.sequences, 64)
+    prompt, completion = tokenizer.encode_pair("the the", "the the")
+    n, m = len(prompt), len(completion)
+    assert tokens[0, :n + m - 1].tolist() == (prompt + completion)[:-1]
+    assert targets[0].tolist() == [-1] * (n - 1) + completion + [-1] * (tokens.size(1) - n - m + 1) and completion[-1] == tokenizer.eos
+    assert encoded.n_supervised == m and encoded.n_tokens == n + m - 1
+
+
+def test_too_long(tokenizer):
+    example = Example("name[x]", ["a very long text " * 9])
+    with pytest.raises(ValueError, match=r"'name\[x\]' and its text have \d+ tokens, block_size is 12"):
+        encode([example], tokenizer, 12)
+    cut = encode([example, Example("b", ["c"])], tokenizer, 12, too_long="cut")
+    assert cut.n_cut == 1 and max(len(ids) for ids, _ in cut.sequences) == 13
+    goes_on = encode([Example("", ["a very long text " * 9])], tokenizer, 12)
+    assert sum(len(ids) - 1 for ids, _ in goes_on.sequences) == goes_on.n_supervised and goes_on.n_cut == 0
+
+
+def test_nothing_to_learn(tokenizer):
+    with pytest.raises(ValueError, match="split is empty"):
+        encode([], tokenizer, 12)
+    with pytest.raises(ValueError, match="nothing to learn from in 1 examples"):
+        encode([Example("a prompt that fills the whole context", ["x"])], tokenizer, 3, too_long="cut")
+    with pytest.raises(ValueError, match="token .* at index 1 of 'hello' is beyond the vocabulary of 2"):
+        encode([Example("hello", ["x"])], tokenizer, 12, vocab_size=2)
+
+
+# -----------------------------------------------------------------------------
+# batches
+
+
+def sequences(lengths):
+    return Encoded([([i + 1] * (n + 1), 1) for i, n in enumerate(lengths)], 1024)
+
+
+@settings(derandomize=True, deadline=None, max_examples=60)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 9), st.integers(0, 3), st.integers(0, 60))
+def test_every_sequence_comes_once_an_epoch_and_resuming_goes_on(lengths, batch_size, seed, stop):
+    encoded, n = sequences(lengths), len(lengths)
+    batches, seen = Batches(encoded, batch_size, seed), []
+    for _ in range(3 * n):
+        seen += next(batches)[0][:, 0].tolist()
+    full_epochs = len(seen) // n
+    counts = np.bincount(seen, minlength=n + 1)[1:]
+    assert counts.max() <= full_epochs + 2 and counts.min() >= full_epochs - 2 and len(seen) == 3 * n * batch_size
+    one, two = Batches(encoded, batch_size, seed), Batches(encoded, batch_size, seed)
+    for _ in range(stop):
+        next(one)
+    two.load_state_dict(one.state_dict())
+    for _ in range(5):
+        assert torch.equal(next(one)[0], next(two)[0])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_share_one_batch(world_size):
+    encoded = sequences(range(1, 60))
+    whole, parts = Batches(encoded, 8, 3), [Batches(encoded, 8 // world_size, 3, rank, world_size) for rank in range(world_size)]
+    for _ in range(30):
+        assert sorted(next(whole)[0][:, 0].tolist()) == sorted(i for part in parts for i in next(part)[0][:, 0].tolist())
+
+
+def test_padding_on_e2e(real_data):
+    corpus = load(real_data / "e2e")
+    tokenizer = Tokenizer.load(real_data / "stories260k")
+    for batch_size in (8, 16, 32):
+        batches = Batches(encode(corpus.train, tokenizer, 512), batch_size, 1)
+        shapes = [next(batches)[0] for _ in range(len(batches._plan))]
+        real = sum(int((lengths := batches.lengths[row]).sum()) for row in batches._plan)
+        assert 1 - real / sum(t.numel() for t in shapes) < 0.10 and batches.padding < 0.10
+
+
+def test_a_position_in_other_data_is_refused():
+    batches = Batches(sequences(range(1, 30)), 4, 0)
+    for change, words in (({"sequences": 5}, "sequences 5, this run has 29"), ({"seed": 1}, "seed 1"), ({"global_batch": 8}, "global_batch 8"), ({"index": 99}, "does not exist")):
+        with pytest.raises(ValueError, match=words):
+            batches.load_state_dict(batches.state_dict() | change)
+
+
+def test_evaluation_batches_are_always_the_same():
+    encoded = sequences([5, 3, 9, 1, 7, 2])
+    assert [t.tolist() for t, _ in eval_batches(encoded, 2, 2)] == [t.tolist() for t, _ in eval_batches(encoded, 2, 2)]
+    assert sum(len(t) for t, _ in eval_batches(encoded, 4)) == 6 and sum(len(t) for t, _ in eval_batches(encoded, 2, 2)) == 4
+
+
+# -----------------------------------------------------------------------------
+# download
+
+
+def archive(path, **files):
+    with zipfile.ZipFile(path, "w") as z:
+        for name, content in files.items():
+            z.writestr(name.replace("__", "/"), content)
+    return path
+
+
+def test_download_from_an_archive(tmp_path):
+    wanted = {name: hashlib.sha256(name.encode()).hexdigest() for name in ("a.csv", "b.csv")}
+    path = archive(tmp_path / "x.zip", **{"e2e__a.csv": "a.csv", "e2e__b.csv": "b.csv", "e2e__README": "more"})
+    data.download(tmp_path / "to", path, files=wanted)
+    assert {f.name: f.read_text() for f in (tmp_path / "to").iterdir()} == {"a.csv": "a.csv", "b.csv": "b.csv"}
+    (tmp_path / "to" / "a.csv").write_text("mine")
+    with pytest.raises(ValueError, match="is there already and differs"):
+        data.download(tmp_path / "to", path, files=wanted)
+
+
+@pytest.mark.parametrize("files, words", [({"..__a.csv": "a.csv"}, "climbs out"), ({"__a.csv": "a.csv"}, "climbs out"), ({"a.csv": "other"}, "SHA-256 is"), ({"b.csv": "a.csv"}, "no a.csv in it"),
+                                          ({"a.csv": "a.csv", "x__a.csv": "a.csv"}, "twice")])
+def test_archives_that_are_refused(tmp_path, files, words):
+    path = archive(tmp_path / "x.zip", **files)
+    with pytest.raises(ValueError, match=words):
+        data.download(tmp_path / "to", path, files={"a.csv": hashlib.sha256(b"a.csv").hexdigest()})
+    assert not (tmp_path / "to").exists()
+    with pytest.raises(ValueError, match="SHA-256 is .*, wanted 00"):
+        data.download(tmp_path / "to", path, sha256="00", files={})
+
+
+def test_without_a_network(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError("no network")
+    monkeypatch.setattr(data.urllib.request, "urlopen", fail)
+    with pytest.raises(ValueError, match="put trainset.csv, devset.csv, testset_w_refs.csv into .* by hand, or pass the file with --archive"):
+        data.download(tmp_path)
+    (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK").read())
+    with pytest.raises(ValueError, match="not a readable zip"):
+        data.download(tmp_path, tmp_path / "x.zip")
