@@ -104,6 +104,29 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
+class RMSNorm(torch.autograd.Function):
+    """
+    y = w x r,  r = 1 / sqrt(mean(x^2) + eps),  dx = r (w g) - x r^3 mean(w g x),  dw = sum of g x r
+
+    On a CPU F.rms_norm is put together from a dozen operations and keeps two float32 copies of x; this keeps x.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, eps):
+        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32)).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, w, r)
+        return (x * r).to(x.dtype).mul_(w)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, w, r = ctx.saved_tensors
+        dw = (g * x * r).flatten(0, -2).sum(0).to(w.dtype) if ctx.needs_input_grad[1] else None
+        g = g * w
+        mean = (g * x).mean(-1, keepdim=True, dtype=r.dtype)
+        return (g * r).addcmul_(x, mean.mul_(r * r * r), value=-1).to(x.dtype) if ctx.needs_input_grad[0] else None, dw, None
+
+
 class Norm(nn.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019); statistics in float32."""
 
@@ -116,7 +139,7 @@ class Norm(nn.Module):
     def forward(self, x):
         weight = self.weight.to(x.dtype)
         if self.kind == "rms":
-            return F.rms_norm(x, weight.shape, weight, self.eps)
+            return RMSNorm.apply(x, weight, self.eps) if x.device.type == "cpu" else F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 

@@ -18,11 +18,12 @@ import functools
 import importlib.util
 import math
 import threading
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
-from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 # -----------------------------------------------------------------------------
 # levels
@@ -83,7 +84,23 @@ def unpack4(packed, n):
 # memory and tables that are kept
 
 
-_tables, _local = {}, threading.local()
+_tables, _local, _fakes = {}, threading.local(), None
+
+
+@contextmanager
+def simulated(device):
+    """Within it fake tensors count as memory of "cpu" or "cuda", and take that device's path; tables and buffers are its own (memory.py)."""
+    global _tables, _local, _fakes
+    before, (_tables, _local, _fakes) = (_tables, _local, _fakes), ({}, threading.local(), device)
+    try:
+        yield
+    finally:
+        _tables, _local, _fakes = before
+
+
+def kept():
+    """Tensors that this thread keeps from call to call."""
+    return [*_tables.values(), *_local.__dict__.values()]
 
 
 def _table(make, scheme, device):
@@ -92,8 +109,10 @@ def _table(make, scheme, device):
         return make(scheme).to(device)
     key = make, scheme, device
     if key not in _tables:
+        with torch.inference_mode(False), _disable_current_modes():
+            table = make(scheme)
         with torch.inference_mode(False):
-            _tables[key] = make(scheme).to(device)
+            _tables[key] = torch.empty(table.shape, dtype=table.dtype) if _fakes else table.to(device)
     return _tables[key]
 
 
@@ -111,8 +130,8 @@ def _buffer(use, n, dtype):
 
 
 def _plain(tensor):
-    """Whether this is a CPU's memory, to work on in place: not an accelerator's, not fake, not being traced."""
-    return tensor.device.type == "cpu" and type(tensor) in (torch.Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+    """Whether this is a CPU's memory, to work on in place: not an accelerator's, not being traced."""
+    return tensor.device.type == "cpu" and (type(tensor) in (torch.Tensor, nn.Parameter) or _fakes == "cpu") and not torch.compiler.is_compiling()
 
 
 def _step(block, device):
@@ -261,11 +280,12 @@ def _decode_fused(*arguments):
 
 def _decode_all(packed, scales, scheme, n, block, out):
     """A chunk at a time, so that no intermediate result is as large as the weight."""
-    if out.device.type == "cuda" and _decode_fused(packed, scales, scheme, n, block, out):
+    if _fakes == "cuda" or out.device.type == "cuda" and _decode_fused(packed, scales, scheme, n, block, out):
         return
     decode = _decode_cpu if _plain(packed) else _decode
     per_byte = 1 if scheme == "int8" else 2
-    for i in range(0, n, step := _step(block, out.device)):
+    step = _step(block, out.device)
+    for i in range(0, min(n, step) if _fakes else n, step):     # for memory one chunk is like another
         m = min(step, n - i)
         decode(packed[i // per_byte:-(-(i + m) // per_byte)], scales[i // block:-(-(i + m) // block)], scheme, m, block, out[i:i + m])
 
@@ -344,11 +364,18 @@ class QuantizedTensor:
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
         arguments = self.packed, self.scales(), self.scheme, self.numel(), self.block, out.view(-1)
-        if torch.compiler.is_compiling():
-            _decode(*arguments)
-        elif not isinstance(self.packed, FakeTensor):
-            _decode_all(*arguments)
+        _decode(*arguments) if torch.compiler.is_compiling() else _decode_all(*arguments)
         return out
+
+    @classmethod
+    def empty(cls, shape, scheme, block_size=64, double=False, dtype=torch.float32, device=None):
+        """One of that shape with nothing in it yet."""
+        block_size = None if block_size == "row" else block_size
+        _check_spec(scheme, block_size)
+        kinds = {"packed": torch.int8 if scheme == "int8" else torch.uint8, "absmax": torch.uint8 if double else torch.float32}
+        tensors = [torch.empty(() if name == "offset" else n, dtype=kinds.get(name, torch.float32), device=device)
+                   for name, n in _lengths(shape, scheme, block_size, double).items()]
+        return cls(torch.Size(shape), scheme, block_size, dtype, *tensors)
 
     def state_dict(self):
         """Plain values and tensors: torch.load(weights_only=True) reads it back."""
