@@ -14,9 +14,7 @@ either way, which keeps the same tensors as the GPU's (the `meta` device would t
 """
 
 import argparse
-import dataclasses
 import json
-import math
 import sys
 import weakref
 
@@ -27,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 import peft
 import quant
-from model import GPT, PRESETS, GPTConfig
+from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
 # the slide's formula
@@ -67,7 +65,7 @@ class Tracker(TorchDispatchMode):
         self.model, self.round = model, ROUND[device]
         self.names = {id(m): name for name, m in model.named_modules()}
         self.kind, self.events, self.known, self.serial = {}, [], {}, 0      # kind: serial -> (part, layer)
-        self.stack, self.place = [], ("inputs", "")
+        self.stack = []
         for name, p, method in peft.named(model):
             self.add(p, ("adapter" if method and method not in model.unfrozen else "weights " + str(p.dtype).removeprefix("torch."), ""))
             if p.grad is not None:
@@ -108,7 +106,7 @@ class Tracker(TorchDispatchMode):
     def where(self):
         if self.stack:
             return self.stack[-1]
-        return ("temporaries", "") if torch._C._current_graph_task_id() != -1 else self.place
+        return "temporaries", ""                                 # the backward pass, the optimizer, the batch
 
     def enter(self, module, *_):
         name = self.names.get(id(module))
@@ -132,7 +130,6 @@ class Tracker(TorchDispatchMode):
         modules = torch.nn.modules.module
         self.hooks = [modules.register_module_forward_pre_hook(self.enter), modules.register_module_forward_hook(self.leave, always_call=True)]
         self.hooks += [p.register_post_accumulate_grad_hook(self.became_gradient) for p in self.model.parameters() if p.requires_grad]
-        self.place = "temporaries", ""
         return super().__enter__()
 
     def __exit__(self, *args):
@@ -209,7 +206,6 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         model.train()
         with Tracker(model, optimizer, device) as tracker:
             tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(accumulation)]
-            tracker.place = "temporaries", ""
             train.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True)
         report = tracker.report()
     if device == "cuda":
@@ -412,7 +408,7 @@ def main(args):
         print(align(rows + [["peak", *(gb(r["peak"]) for r in reports)]]))
     if args.plot:
         import plot
-        plot.save(plot.memory_bars(reports), args.plot)
+        plot.save(plot.memory(reports), args.plot)
 
 
 if __name__ == "__main__":

@@ -258,24 +258,28 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dW = torch.zeros(weight.shape, dtype=accurate, device=x.device) if need_weight else None
         W = weight.to(x.dtype)
         total = torch.zeros((), dtype=accurate, device=x.device)
+        inner = max(2 ** 20 // V, 1) if x.device.type == "cpu" else len(rows)      # rows whose logits stay in a CPU's cache
         for r in rows.split(max(64, 2 ** 24 // V)):      # 64 MB of float32 logits
-            xr, t, kept = x[r], targets[r].clamp(min=0).unsqueeze(1), keep[r].unsqueeze(1)
-            z = (xr @ W.t()).to(accurate)
-            lse = z.logsumexp(-1, keepdim=True)
-            nll = lse - z.gather(1, t)
-            if smoothing:
-                nll = (1 - smoothing) * nll + smoothing * (lse - z.mean(-1, keepdim=True))
-            total += (nll * kept).sum()
-            if need_x or need_weight:
-                dz = z.sub_(lse).exp_()
-                dz.scatter_add_(1, t, torch.full_like(lse, smoothing - 1))
-                if smoothing:
-                    dz -= smoothing / V
-                dz = (dz.mul_(kept)).to(x.dtype)
-                if need_x:
-                    dx[r] = dz @ W
-                if need_weight:
-                    dW += dz.t() @ xr
+            xr = x[r]
+            z = xr @ W.t()
+            for part, s in zip(z.split(inner), r.split(inner)):
+                t, kept = targets[s].clamp(min=0).unsqueeze(1), keep[s].unsqueeze(1).to(accurate)
+                p = part.to(accurate, copy=True)
+                top, at_target = p.amax(-1, keepdim=True), p.gather(1, t)
+                mean = p.mean(-1, keepdim=True) if smoothing else None
+                norm = p.sub_(top).exp_().sum(-1, keepdim=True)
+                lse = norm.log() + top
+                nll = lse - at_target if mean is None else lse - (1 - smoothing) * at_target - smoothing * mean
+                total += (nll * kept).sum()
+                if need_x or need_weight:
+                    p.mul_(kept / norm).scatter_add_(1, t, kept * (smoothing - 1))
+                    if smoothing:
+                        p.sub_(kept * (smoothing / V))
+                    part.copy_(p)                        # the gradient takes the place of the logits
+            if need_x:
+                dx[r] = z @ W
+            if need_weight:
+                dW += z.t() @ xr
         ctx.save_for_backward(dx, dW)
         return total
 

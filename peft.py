@@ -177,8 +177,8 @@ def add_adapter(model, adapter_style="houlsby", adapter_size=64, adapter_activat
     attach(model, "adapter", adapter_style=adapter_style, adapter_size=adapter_size, adapter_activation=adapter_activation)
     for block in model.blocks:
         for place in ("adapter1", "adapter2") if adapter_style == "houlsby" else ("adapter2",):
-            adapter = Adapter(type(model.head), model.config.n_embd, adapter_size, adapter_activation, adapter_style == "lin")
-            setattr(block, place, adapter.to(device_of(model)))
+            with device_of(model):
+                setattr(block, place, Adapter(type(model.head), model.config.n_embd, adapter_size, adapter_activation, adapter_style == "lin"))
         block.forward = MethodType(transformer_block_with_adapter if adapter_style == "houlsby" else transformer_block_with_one_adapter, block)
     return f"adapter: {adapter_style}, width {adapter_size}, in {len(model.blocks)} blocks"
 
@@ -246,7 +246,8 @@ def add_prefix(model, prefix_length=16, prefix_style="before", prefix_tied=False
     before, config = prefix_style == "before", model.config
     for block in model.blocks:
         width = config.n_embd if before else config.kv_heads * config.d_head
-        block.attn.prefix = Prefix(prefix_length, width, prefix_tied, prefix_mlp, config.n_embd).to(device_of(model))
+        with device_of(model):
+            block.attn.prefix = Prefix(prefix_length, width, prefix_tied, prefix_mlp, config.n_embd)
         block.attn.prefix_before = before
         block.attn.forward = MethodType(prompt_tuning_attention, block.attn)
     if not before:

@@ -79,15 +79,21 @@ def spectra(folders):
     return fig
 
 
-def memory(files):
-    """Stacked bars, one a report of memory.py."""
+def memory_files(files):
+    """The reports in files that memory.py --json has printed, as one picture."""
     reports = []
     for path in files:
         try:
             report = json.loads(Path(path).read_text())
             reports += report if isinstance(report, list) else [report]
-        except (OSError, ValueError) as error:
+            assert all(isinstance(r["parts"], dict) for r in reports)
+        except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
             raise ValueError(f"{path}: not what memory.py --json prints ({error})") from None
+    return memory(reports)
+
+
+def memory(reports):
+    """Stacked bars, one a report of memory.simulate."""
     kinds = list(dict.fromkeys(kind for report in reports for kind in report["parts"]))
     fig, ax = figure(width=2 + 1.2 * max(len(reports), 3))
     bottom = [0.0] * len(reports)
@@ -97,7 +103,7 @@ def memory(files):
         bottom = [b + h for b, h in zip(bottom, heights)]
     for i, total in enumerate(bottom):
         ax.text(i, total, f"{total:.3g}", ha="center", va="bottom")
-    ax.set_xticks(range(len(reports)), [report.get("method", Path(path).stem) for report, path in zip(reports, files * len(reports))])
+    ax.set_xticks(range(len(reports)), [report["method"] for report in reports])
     ax.set(ylabel="GB at the peak", title="What the peak consists of")
     ax.grid(axis="x", visible=False)
     ax.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left", reverse=True)
@@ -127,14 +133,18 @@ def codebooks(files):
     return fig
 
 
+def save(picture, path):
+    if Path(path).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"{path}: a picture is .png, .svg or .pdf")
+    picture.savefig(path, dpi=160)
+    print(path)
+
+
 def main(args):
-    picture = {"loss": loss, "spectra": spectra, "memory": memory, "codebooks": codebooks}[args.kind]
+    picture = {"loss": loss, "spectra": spectra, "memory": memory_files, "codebooks": codebooks}[args.kind]
     if not args.files and args.kind != "codebooks":
         raise ValueError(f"nothing to draw: python plot.py {args.kind} FILE_OR_FOLDER ... -o {args.output}")
-    if Path(args.output).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{args.output}: a picture is .png, .svg or .pdf")
-    picture(args.files).savefig(args.output, dpi=160)
-    print(args.output)
+    save(picture(args.files), args.output)
 
 
 if __name__ == "__main__":

@@ -112,7 +112,9 @@ def _table(make, scheme, device):
         with torch.inference_mode(False), _disable_current_modes():
             table = make(scheme)
         with torch.inference_mode(False):
-            _tables[key] = torch.empty(table.shape, dtype=table.dtype) if _fakes else table.to(device)
+            _tables[key] = torch.empty(table.shape, dtype=table.dtype, device=device)       # in two steps: a fake one has no content
+            if not _fakes:
+                _tables[key].copy_(table)
     return _tables[key]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import model as model_file
-from conftest import FAMILIES, tiny
+from conftest import FAMILIES, saved_bytes, tiny
 from model import GPT, PRESETS, Cache, GPTConfig, cross_entropy, sample
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -97,6 +97,15 @@ def test_loss_in_chunks(N, V, masked, smoothing, train_weight):
     leaves = [x, W] if train_weight else [x]
     for ours, theirs in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves)):
         assert torch.allclose(ours, theirs, atol=1e-12)
+
+
+def test_rms_norm():
+    from model import RMSNorm
+    x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (8,)))
+    assert torch.allclose(RMSNorm.apply(x, w, 1e-6), F.rms_norm(x, (8,), w, 1e-6), atol=1e-12)
+    assert torch.autograd.gradcheck(lambda x, w: RMSNorm.apply(x, w, 1e-6), (x, w))
+    kept, _ = saved_bytes(lambda: RMSNorm.apply(x, w, 1e-6))
+    assert sum(kept.values()) == 8 * (3 * 5 * 8 + 8 + 3 * 5)     # x, w and a number a row
 
 
 def test_loss_in_several_chunks(monkeypatch):

@@ -1,0 +1,176 @@
+"""The slide's numbers; the simulation against the same step counted over real tensors; what fits; what is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+import memory
+import quant
+import train
+from conftest import FAMILIES, ROOT, tiny
+from memory import Tracker, estimate, max_batch, parse_size, simulate
+from model import PRESETS
+
+
+def test_the_slide():
+    rows = {name: n / 1e9 for name, n in estimate(PRESETS["opt-1.3b"]).items()}
+    assert {name: round(rows[name], 2 if name == "hidden states" else 1) for name in rows} == {
+        "CUDA context": 1.0, "weights": 2.6, "gradients": 2.6, "hidden states": 1.04, "optimizer states": 5.3, "total": 12.6}
+    in_millions = {name: round(2 * n / 1e9 * f, 1) for name, (n, f) in {"weights": (1.3e9, 1), "optimizer states": (1.3e9, 2)}.items()}
+    assert in_millions == {"weights": 2.6, "optimizer states": 5.2}         # the lecture's, from N = 1.3 B rounded
+    L, h, seq = 24, 2048, 512
+    assert round(2 * L * (20 * h * seq + 3 * seq**2) / 1e9, 2) == 1.04 and round(1 + 2.6 + 2.6 + 1.04 + 5.2, 1) == 12.4
+
+
+# -----------------------------------------------------------------------------
+# against the truth
+
+
+def counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulation, options):
+    """The peak of a real step, its second, counted over real tensors on a CPU."""
+    quant._tables.clear()
+    quant._local.__dict__.clear()
+    model = memory.fake_model(config, method, dtype, scheme or ("nf4" if "qlora" in method else None), 64, True, (), options)      # real here: no fake mode
+    with torch.no_grad():
+        for t in (*model.parameters(), *model.buffers()):
+            t.zero_() if not t.is_floating_point() else t.fill_(0.01)
+    model.checkpointing = checkpointing
+    optimizer = train.make_optimizer(model.train(), train.Config())
+    g = torch.Generator().manual_seed(0)
+
+    def batches():
+        return [tuple(torch.randint(config.vocab_size, (2, batch, seq), generator=g)) for _ in range(accumulation)]
+    train.step(model, optimizer, batches(), 1.0)
+    quant._local.__dict__.clear()
+    quant._tables.clear()
+    with Tracker(model, optimizer) as tracker:
+        train.step(model, optimizer, batches(), 1.0, finite=lambda *_: True)
+    return tracker.report()
+
+
+def compare(family, method, batch, seq, dtype=torch.bfloat16, scheme=None, checkpointing=False, accumulation=1, options={}, **changes):
+    config = tiny(family, block_size=128, **changes)
+    real = counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulation, options)
+    ours = simulate(config, method, batch, seq, dtype, "cpu", scheme, checkpointing=checkpointing, accumulation=accumulation, **options)
+    assert sum(ours["parts"].values()) == ours["peak"] and sum(real["parts"].values()) == real["peak"]
+    static = [{part: n for part, n in report["parts"].items() if part.startswith(("weights", "adapter", "optimizer"))} for report in (ours, real)]
+    assert static[0] == static[1]
+    return ours, real
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("checkpointing, accumulation", [(False, 1), (True, 2)])
+@pytest.mark.parametrize("method, scheme", [("full", None), ("lora", None), ("qlora", None), ("lora", "int8"), ("adapter", None), ("prefix", None), ("prompt", None),
+                                            ("ia3", None), ("bitfit", None), ("top", None), ("lora+prefix", "nf4")])
+def test_simulated_equals_counted(family, method, scheme, checkpointing, accumulation):
+    if family == "llama" and method == "bitfit":
+        pytest.skip("no biases")
+    ours, real = compare(family, method, 3, 40, scheme=scheme, checkpointing=checkpointing, accumulation=accumulation, n_layer=2, n_embd=64, options=dict(top_k=1, rank=4))
+    assert ours["peak"] == real["peak"], (ours, real)
+    assert ours["parts"] == real["parts"] and ours["layers"] == real["layers"]
+
+
+@settings(derandomize=True, deadline=None, max_examples=12)
+@given(st.sampled_from(sorted(FAMILIES)), st.sampled_from(["full", "lora", "qlora", "adapter", "prefix", "prompt", "ia3", "top", "lora+ia3", "qlora+prompt"]), st.integers(1, 5),
+       st.integers(1, 90), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), st.integers(1, 3), st.integers(1, 4), st.sampled_from([32, 64, 96]), st.integers(1, 9))
+def test_random_configurations(family, method, batch, seq, dtype, checkpointing, accumulation, layers, width, rank):
+    options = dict(rank=rank, top_k=1, adapter_size=rank, prefix_length=rank, prompt_length=rank)
+    ours, real = compare(family, method, batch, seq, dtype, checkpointing=checkpointing, accumulation=accumulation, n_layer=layers, n_embd=width, options=options)
+    assert abs(ours["peak"] - real["peak"]) <= 0.005 * real["peak"], (ours, real)
+
+
+def test_static_parts_by_hand():
+    c = tiny("gpt2")
+    linear = c.n_layer * 12 * c.n_embd**2
+    rest = (c.vocab_size + c.block_size) * c.n_embd + c.n_layer * (4 + 9) * c.n_embd + 2 * c.n_embd      # embeddings, norms, biases
+    lora = c.n_layer * 4 * (8 * c.n_embd + 10 * c.n_embd)                      # r = 4: A and B of q k v out, up, down
+    parts = simulate(c, "qlora", 1, 8, rank=4, device="cpu")["parts"]
+    blocks = linear // 64
+    scales = sum(n // 64 + 4 * -(-n // 64 // 256) + 4 for n in [c.n_embd**2] * 4 * c.n_layer + [4 * c.n_embd**2] * 2 * c.n_layer)
+    assert parts["weights nf4"] == linear // 2 + scales and blocks
+    assert parts["weights bfloat16"] == 2 * rest and parts["adapter"] == 4 * lora and 8 * lora <= parts["optimizer states"] <= 8 * lora + 4 * 100
+    full = simulate(c, "full", 1, 8, device="cpu")["parts"]
+    assert full["weights float32"] == 4 * (linear + rest)
+
+
+def test_layers_and_rounding():
+    report = simulate("gpt2", "lora", 2, 64)
+    assert set(report["layers"]) == {f"blocks.{i}" for i in range(12)} and len({n for n in report["layers"].values()}) < 4
+    assert all(n % 512 == 0 for part, n in report["parts"].items() if part not in ("CUDA context", "cuBLAS workspace"))
+    assert report["peak"] == sum(report["parts"].values())
+
+
+def test_checkpointing_and_accumulation_do_what_they_are_for():
+    peak = lambda **kwargs: simulate("gpt2", "lora", 4, 512, **kwargs)["peak"]
+    assert peak(checkpointing=True) < 0.7 * peak() and abs(peak(accumulation=4) / peak() - 1) < 0.02
+
+
+def test_a_65b_model_on_a_laptop():
+    code = ("import time, resource, memory; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; "
+            "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, n)")
+    seconds, resident, peak = map(float, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    assert seconds < 20 and resident < 1e9 and 40e9 < peak < 60e9
+
+
+def test_no_gpu_is_touched():
+    simulate("gpt2", "qlora", 1, 16)
+    assert not torch.cuda.is_initialized()
+
+
+# -----------------------------------------------------------------------------
+# what fits
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_largest_batch_is_the_largest(method):
+    config = tiny("gpt2")
+    limit = simulate(config, method, 1, 32)["peak"] + 4_000_000
+    n = max_batch(config, limit, method, 32)
+    assert n > 1 and simulate(config, method, n, 32)["peak"] <= limit < simulate(config, method, n + 1, 32)["peak"]
+
+
+def test_the_longest_sequence_is_the_longest():
+    config = tiny("llama", block_size=100)
+    limit = simulate(config, "lora", 2, 50)["peak"]
+    n = max_batch(config, limit, "lora", grow="seq", batch=2)
+    assert 50 <= n < 100 and simulate(config, "lora", 2, n + 1)["peak"] > limit
+    assert max_batch(config, 10**10, "prompt", grow="seq", prompt_length=10) == 90 and max_batch(config, 1000, "lora", grow="seq") == 0
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.integers(0, 5000), st.integers(1, 5000))
+def test_bisection(n, limit):
+    assert memory.largest(lambda k: k <= n, limit) == min(n, limit)
+
+
+@pytest.mark.parametrize("text, n", [("16GB", 16 * 10**9), ("16 GiB", 2**34), ("1.5e9", 1_500_000_000), ("300 mb", 3 * 10**8), ("7B", 7)])
+def test_sizes(text, n):
+    assert parse_size(text) == n
+
+
+@pytest.mark.parametrize("text", ["16 parsecs", "", "GB", "-3GB", "0", "nan", "1e99GB", "1..2GB"])
+def test_what_is_no_size(text):
+    with pytest.raises(ValueError, match="is not a size; 16GB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--model gpt3", "unknown model 'gpt3'; the nearest are gpt2"), ("--batch 0", "batch is 0"), ("--seq 0", "seq is 0"), ("--seq 1025", "seq is 1025; the model's context leaves 1024"),
+    ("--method prompt --seq 1024", "leaves 1008"), ("--fit 16parsecs", "'16parsecs' is not a size"), ("--method lorra", "the nearest is 'lora'"), ("--fit 1GB --batch 0", "batch is 0"),
+])
+def test_mistakes(refused, flags, words):
+    assert words in refused("memory.py", *flags.split())
+
+
+def test_the_command_line(script):
+    out = script("memory.py", "--model", "gpt2", "--method", "lora,qlora", "--seq", "64").stdout
+    assert "weights nf4" in out and "CUDA context" in out and out.splitlines()[-1].startswith("peak")
+    reports = json.loads(script("memory.py", "--model", "gpt2", "--method", "lora,qlora", "--seq", "64", "--json").stdout)
+    assert [r["method"] for r in reports] == ["lora", "qlora"] and all(sum(r["parts"].values()) == r["peak"] for r in reports)
+    assert "12.4" in (out := script("memory.py", "--slide").stdout) and "10.2 GB printed" in out
+    assert "full: does not fit at batch 1; qlora would fit" in script("memory.py", "--model", "gpt2", "--method", "full", "--fit", "1.5GB").stdout
+    assert int(script("memory.py", "--model", "gpt2", "--method", "lora", "--fit", "2GB", "--seq", "128").stdout.split()[2]) > 4
