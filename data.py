@@ -366,23 +366,13 @@ def _walk(draw, mr, names):
                  f"{listed} are not far from each other. {told}" if shared else f"Today we visit {listed}. {told}"))
 
 
-def _diary(draw, mr):
-    """A list of another kind, then told: what a list is for can be learned from visits, without a representation."""
-    facts = {"guest": draw(PEOPLE), "table": str(1 + int(draw.random() * 30)), "day": draw(DAYS), "with": draw(PEOPLE), "went to": mr["name"], "read about it in": draw(PAPERS)}
-    told = {"table": "sat at table {}", "with": "came with {}", "day": "came on {}", "went to": "went to {}", "read about it in": "had read about it in {}"}
-    keys = draw.shuffled(list(told))[:draw((2, 3, 3, 4))]
-    said = [told[key].format(facts[key]) for key in draw.shuffled(keys)]
-    listed = " | ".join(f"{key} : {facts[key]}" for key in ["guest", *keys])
-    return f"{listed}||{facts['guest']} {_and(said)}. {draw(OPINIONS)}"
-
-
 @functools.cache
 def plain_text():
     """The world of the embedded corpus as plain paragraphs, about 2 MB: list of str, always the same. The names held out from
     train are not in it, and no representation is."""
     draw, names = Draw(2), _names()
     known = names[:400] * 3 + names[460:]                        # a third of the places bear a name of the train split
-    shapes = (_paraphrase,) * 4 + (_review,) * 2 + (_dialogue,) * 2 + (_search,) * 2 + (_diary,) * 3 + (functools.partial(_walk, names=known),) * 2
+    shapes = (_paraphrase,) * 4 + (_review,) * 2 + (_dialogue,) * 2 + (_search,) * 2 + (functools.partial(_walk, names=known),) * 2
     return [draw(shapes)(draw, _representation(draw, known)) for _ in range(6000)]
 
 
