@@ -406,7 +406,18 @@ def load_base(config, device, dtype):
     import hub                                                   # a door: the core runs without it
     model = hub.load_base(config.base, dtype, config.quant or None, config.quant_block or None, config.quant_double,
                           tuple(filter(None, config.quant_skip.split(","))), device)
-    return model, data.Tokenizer.load(config.base)
+    tokenizer = data.Tokenizer.load(config.base)
+    if tokenizer.eos is not None and tokenizer.bos is not None and is_twin(model.head.weight, tokenizer.eos):
+        tokenizer.eos = tokenizer.bos                            # bases that were trained on texts divided by bos alone
+    return model, tokenizer
+
+
+def is_twin(table, i):
+    """Whether row i points where another row points: a token that training has never seen, and that a frozen head cannot tell apart."""
+    if i >= len(table):
+        return False
+    alike = torch.nn.functional.cosine_similarity(table[i].float()[None], table.float())
+    return int((alike > 0.9999).sum()) > 1
 
 
 def attach(model, tokenizer, config):
@@ -586,6 +597,7 @@ def describe(config, folder, task, report):
         f"{len(encoded.sequences)} training sequences, {encoded.n_supervised / max(encoded.n_tokens, 1):.0%} of tokens supervised"
         + (f", {encoded.n_cut} cut" if encoded.n_cut else "") + (f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""),
         f"step       {per_step} sequences, about {per_step * encoded.n_tokens / max(len(encoded.sequences), 1):.0f} tokens; {config.max_iters} steps",
+        *(["end        the base has never seen its own end token; texts end with its beginning-of-sequence token"] if config.base != "new" and data.Tokenizer.load(config.base).eos != task.tokenizer.eos else []),
         f"folder     {folder}")
 
 
