@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import weakref
+from contextlib import nullcontext
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -197,7 +198,6 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     with FakeTensorMode(), quant.simulated(device):
         model = fake_model(config, method, dtype, scheme, block_size, double, skip, options)
         model.checkpointing = checkpointing
-        model.offload = offload
         optimizer = train.make_optimizer(model, train.Config())
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
@@ -206,12 +206,20 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         model.train()
         with Tracker(model, optimizer, device) as tracker:
             tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(accumulation)]
-            train.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True)
+            train.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True,
+                       saving=(lambda: elsewhere(model)) if offload else nullcontext)
         report = tracker.report()
     if device == "cuda":
         report["parts"] |= {"cuBLAS workspace": CUBLAS, "CUDA context": CUDA_CONTEXT}
         report["peak"] += CUBLAS + CUDA_CONTEXT
     return report | {"method": method, "batch": batch, "seq": seq}
+
+
+def elsewhere(model):
+    """train.offload as the device sees it: what is saved is gone, and comes back as new memory."""
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    return torch.autograd.graph.saved_tensors_hooks(lambda t: t if t.untyped_storage()._cdata in own else (t.shape, t.dtype),
+                                                    lambda kept: kept if isinstance(kept, torch.Tensor) else torch.empty(kept[0], dtype=kept[1]))
 
 
 def check_shape(config, method, batch, seq, options):

@@ -16,11 +16,13 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
+import importlib.util
 import json
 import math
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -92,6 +94,7 @@ class Config:
     dtype: str = "auto"               # of the computation: auto, float32, bfloat16
     compile: bool = False             # torch.compile the model
     checkpointing: bool = False       # recompute each block in the backward pass
+    offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
     seed: int = 1
 
     def __post_init__(self):
@@ -232,8 +235,9 @@ def numbers_are_finite(loss, norm):
     return math.isfinite(loss) and math.isfinite(norm)
 
 
-def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbers_are_finite):
+def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbers_are_finite, saving=nullcontext):
     """One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64; returns (loss, grad_norm), float32 tensors.
+    saving: makes the context in which the forward pass saves for the backward pass.
 
     The loss is the mean over the supervised tokens of all micro-batches and processes, however they are divided. Where loss or
     gradient is not finite nothing is changed.
@@ -242,7 +246,8 @@ def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbe
     total = sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
     loss = torch.zeros((), device=total.device)
     for (tokens, targets), count in zip(micro_batches, counts):
-        part = model(tokens, targets, smoothing)[1] * (count / total)
+        with saving():
+            part = model(tokens, targets, smoothing)[1] * (count / total)
         part.backward()
         loss += part.detach()
     trained = [p for p in model.parameters() if p.grad is not None]
@@ -252,6 +257,28 @@ def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbe
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
+
+
+def offload(model):
+    """Context in which everything that the backward pass needs, but for the model's own tensors, waits in the host's memory."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() in own:
+            return t
+        return t.device, torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+
+    def unpack(kept):
+        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+def compiled(model, device):
+    """Compiles the forward and backward pass where there is a compiler; whether there is one."""
+    there = importlib.util.find_spec("triton") if device.type == "cuda" else shutil.which(os.environ.get("CXX", "g++"))
+    if there:
+        model.compile(dynamic=True)
+    return bool(there)
 
 
 def make_optimizer(model, config):
@@ -601,6 +628,32 @@ def describe(config, folder, task, report):
         f"folder     {folder}")
 
 
+def predict(task, config, device, shape):
+    """memory.simulate of a step of micro-batches of that shape: the peak in bytes."""
+    import memory
+    options = {name: getattr(config, name) for name in peft.DEFAULTS if name in FIELDS}
+    return memory.simulate(task.model.config, config.method, *shape, getattr(torch, config.dtype), device.type, config.quant or None, config.quant_block or None,
+                           config.quant_double, config.quant_skip.split(","), config.checkpointing, config.gradient_accumulation_steps, config.grad_clip,
+                           config.label_smoothing, config.offload, **options)["peak"]
+
+
+@contextmanager
+def measured(task, config, device, optimizer, micro_batches, i):
+    """Says how much memory the step within took at its peak, and what was predicted for its shape."""
+    import memory
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        found = torch.cuda.max_memory_allocated() + memory.CUDA_CONTEXT
+    else:
+        with memory.Tracker(task.model, optimizer) as tracker:
+            yield
+        found = tracker.report()["peak"]
+    shape = config.batch_size, max(t.size(1) for t, _ in micro_batches)
+    expected = predict(task, config, device, shape)
+    say(f"memory     step {i + 1}, {shape[0]} x {shape[1]}: measured {size(found)}, predicted {size(expected)} (ratio {found / expected:.2f}); resident {size(resident())}")
+
+
 def agree(config, fingerprints):
     """Every process must do the same work."""
     if WORLD_SIZE > 1:
@@ -629,6 +682,11 @@ def train(config):
             progress |= {"before": task.losses(config, ["val"])["val_loss"], "samples": task.samples(config)}
         report = attach(task.model, task.tokenizer, config)
         describe(config, folder, task, report)
+        shape = config.batch_size, int(data.padded(max(len(ids) - 1 for ids, _ in task.encoded["train"].sequences), task.encoded["train"].block_size))
+        say(f"memory     {size(predict(task, config, device, shape))} predicted at the peak, for {shape[0]} x {shape[1]} tokens")
+        task.model.checkpointing = config.checkpointing
+        if config.compile and not compiled(task.model, device):
+            say("compile    there is no compiler here; running without")
         if config.dry_run:
             return None
         agree(config, task.fingerprints)
@@ -669,6 +727,7 @@ def loop(config, folder, device, task, optimizer, batches, progress):
                 peft.save_adapter(model, folder / "adapter.pt")
         save()
 
+    saving, taken = (lambda: offload(model)) if config.offload else nullcontext, 0
     model.train()
     while progress["step"] < config.max_iters and not interrupt.asked:
         start, i = time.perf_counter(), progress["step"]
@@ -676,7 +735,10 @@ def loop(config, folder, device, task, optimizer, batches, progress):
         for group, ratio in zip(optimizer.param_groups, ratios):
             group["lr"] = lr * ratio
         micro_batches = [tuple(t.to(device) for t in next(batches)) for _ in range(config.gradient_accumulation_steps)]
-        loss, norm = (float(t) for t in step(model, optimizer, micro_batches, config.grad_clip, config.label_smoothing))
+        watched = RANK == 0 and not config.compile and (not taken or i + 1 == config.max_iters)
+        with measured(task, config, device, optimizer, micro_batches, i) if watched else nullcontext():
+            loss, norm = (float(t) for t in step(model, optimizer, micro_batches, config.grad_clip, config.label_smoothing, saving=saving))
+        taken += 1
         seconds, tokens = time.perf_counter() - start, sum(t.numel() for t, _ in micro_batches) * WORLD_SIZE
         progress.update(step=i + 1, seconds=progress["seconds"] + seconds, tokens=progress["tokens"] + tokens)
         skip_or_stop(folder, progress, loss, norm, micro_batches)
@@ -726,7 +788,7 @@ def finish(config, folder, task, progress):
     say("", text, f"val loss   {progress['before']:.4f} -> {progress['best']:.4f}" + (f"; {progress['skipped']} steps skipped" if progress["skipped"] else ""),
         f"adapter    {folder / 'adapter.pt'}, {size(metrics['adapter_bytes'])}; the base takes {size(task.base_bytes)}",
         f"peak       {size(metrics['peak_bytes'])}",
-        f"next       python sample.py {folder} --prompt {json.dumps(after[0][0] if after else '')}")
+        f"next       python sample.py {folder} --prompt {json.dumps(task.corpus.val[0].prompt, ensure_ascii=False)}")
     return metrics
 
 
