@@ -598,3 +598,42 @@ def quantize_model(model, scheme, block_size=64, double=False, skip=(), targets=
         parent = model.get_submodule(parent)
         setattr(parent, leaf, QuantLinear.from_linear(getattr(parent, leaf), scheme, block_size, double, name + ".weight"))
     return len(chosen), total
+
+
+# -----------------------------------------------------------------------------
+# python quant.py
+
+
+def example():
+    """The slide's example, step by step."""
+    w, absmax = 0.42, 1.0
+    levels = _levels("linear4")
+    q = quantize(torch.tensor([w, absmax]), "linear4", 16)
+    code, value = int(q.packed[0] >> 4), float(q.dequantize()[0])
+    yield "The slide's example: w = 0.42 in a block whose largest magnitude is 1.0, sixteen evenly spaced levels"
+    yield f"  normalize    {w} / {absmax} = {w / absmax}"
+    yield f"  quantize     nearest of {' '.join(f'{v:.2f}' for v in levels.tolist())}"
+    yield f"               is {levels[code]:.4f}: code {code} counted from zero (the slide's 12 counts from one)"
+    yield f"  dequantize   {levels[code]:.4f} * {absmax} = {value:.4f}"
+    yield f"  error        {value:.4f} - {w} = {value - w:.4f} (the slide, from rounded levels: 0.04)"
+
+
+def codebooks():
+    """The levels side by side."""
+    yield "code " + " ".join(f"{scheme:>9}" for scheme in LEVELS)
+    for i, levels in enumerate(zip(*LEVELS.values())):
+        yield f"{i:4} " + " ".join(f"{v:9.4f}" for v in levels)
+
+
+def errors(blocks=(32, 64, 128, 256, 1024, 4096), n=2**22):
+    """Mean absolute and root mean square error for weights from N(0, 1), by block size."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    yield "block  " + "".join(f"{scheme:>18}" for scheme in SCHEMES) + f"{'nf4, double':>18}"
+    for block in blocks:
+        deltas = [(quantize(x, scheme, block, double).dequantize() - x).double() for scheme, double in [(s, False) for s in SCHEMES] + [("nf4", True)]]
+        yield f"{block:5}  " + "".join(f"{d.abs().mean():9.5f} {d.square().mean().sqrt():8.5f}" for d in deltas)
+
+
+if __name__ == "__main__":
+    for part in (example(), codebooks(), ["Mean absolute and root mean square error, weights from N(0, 1), in units of the deviation"], errors()):
+        print(*part, sep="\n", end="\n\n" if not isinstance(part, list) else "\n")
