@@ -4,6 +4,7 @@ Writes about the test split and scores it as the lecture's table does: BLEU, NIS
     python evaluate.py out/lora out/full                     # one row a run
     python evaluate.py out/lora-*                            # seeds of one method become mean and deviation
     python evaluate.py out/lora --beams 10 --length_penalty 0.8 --no_repeat_ngram 4      # the LoRA paper's search
+    python evaluate.py --training out/lora-*                 # what training came to, without writing any text
     python evaluate.py --predictions FILE --references FILE  # texts from elsewhere, in the official layout
 
 The scores are those of the E2E challenge's own script: BLEU and NIST over mteval-13a tokens, ROUGE-L and CIDEr over Penn
@@ -302,7 +303,7 @@ def evaluate_run(folder, args):
     references = [e.references for e in test]
     row = {"method": config.method if config.base != str(folder) else "base", "trainable": peft.count_parameters(model)["trainable"] if config.base != str(folder) else 0,
            **score(predictions, references, [e.prompt for e in test]), "seconds": round(seconds, 1), "texts": len(test)}
-    settings = {k: v for k, v in vars(config).items() if k not in ("seed", "out_dir", "resume", "device")}
+    settings = {k: v for k, v in vars(config).items() if k not in NOT_COMPARED}
     peft.write_atomic(Path(folder, "predictions.txt"), "".join(" ".join(p.split()) + "\n" for p in predictions).encode())
     peft.write_atomic(Path(folder, "references.txt"), "\n".join("".join(" ".join(r.split()) + "\n" for r in group) for group in references).encode())
     peft.write_atomic(Path(folder, "scores.json"), (json.dumps(row, indent=1) + "\n").encode())
@@ -323,18 +324,38 @@ def read_official(predictions, references):
 DIGITS = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE-L": (100, 1), "CIDEr": (1, 2), "SER": (100, 1)}     # as printed in the lecture
 
 
-def table(rows, markdown=False):
+TRAINING = {"loss_before": (1, 3), "val_loss": (1, 3), "seconds": (1, 0), "peak_bytes": (1e-6, 0), "adapter_bytes": (1e-3, 0)}
+NAMES = {"loss_before": "loss before", "val_loss": "loss after", "peak_bytes": "peak, MB", "adapter_bytes": "adapter, kB"}
+
+
+def training_row(folder):
+    """A run's metrics.json as a row of the table."""
+    import train
+    try:
+        row = json.loads(Path(folder, "metrics.json").read_text())
+        settings = train.read_toml(Path(folder, "config.toml"))
+        row = {name: row[name] for name in ("method", "trainable", *TRAINING)}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: no finished run there ({error})") from None
+    return row | {"run": str(folder), "settings": json.dumps({k: v for k, v in settings.items() if k not in NOT_COMPARED}, sort_keys=True)}
+
+
+NOT_COMPARED = ("seed", "out_dir", "resume", "device")
+
+
+def table(rows, markdown=False, columns=DIGITS):
     """The lecture's table: runs that differ in their seed alone become one row with mean and deviation."""
     groups = {}
     for row in rows:
         groups.setdefault(row["settings"], []).append(row)
-    lines = [["method", "trained", *DIGITS, "runs"]]
+    lines = [["run", "trained", *(NAMES.get(name, name) for name in columns), "runs"]]
     for group in groups.values():
         cells = []
-        for name, (factor, digits) in DIGITS.items():
+        for name, (factor, digits) in columns.items():
             values = [row[name] * factor for row in group if row[name] is not None]
             cells.append("-" if not values else f"{statistics.fmean(values):.{digits}f}" + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""))
-        lines.append([group[0]["method"], f"{group[0]['trainable']:,}", *cells, str(len(group))])
+        name = re.sub(r"-\d+$", "", Path(group[0]["run"]).name) if "run" in group[0] else group[0]["method"]
+        lines.append([name, f"{group[0]['trainable']:,}", *cells, str(len(group))])
     if markdown:
         lines.insert(1, ["---"] * len(lines[0]))
         return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -354,6 +375,7 @@ def parse(args):
     parser.add_argument("--no_repeat_ngram", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--training", action="store_true", help="losses, time, memory and size of the runs instead of scores")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--predictions", help="a file of texts, one a line")
@@ -366,11 +388,13 @@ def main(args):
         if not (args.predictions and args.references):
             raise ValueError("--predictions and --references belong together")
         rows = [{"method": Path(args.predictions).name, "trainable": 0, "settings": "", **score(*read_official(args.predictions, args.references))}]
+    elif args.runs and args.training:
+        rows = [training_row(folder) for folder in args.runs]
     elif args.runs:
         rows = [evaluate_run(folder, args) for folder in args.runs]
     else:
         raise ValueError("nothing to evaluate: give the folders of runs, or --predictions and --references")
-    print(json.dumps(rows, indent=1) if args.json else table(rows, args.markdown))
+    print(json.dumps(rows, indent=1) if args.json else table(rows, args.markdown, TRAINING if args.training else DIGITS))
 
 
 if __name__ == "__main__":

@@ -92,9 +92,21 @@ def memory_files(files):
     return memory(reports)
 
 
+GROUPS = {"cuBLAS workspace": "CUDA", "CUDA context": "CUDA", "weights float32": "weights, 16 or 32 bits", "weights bfloat16": "weights, 16 or 32 bits",
+          **{part: "activations" for part in ("attention", "ffn", "norms", "residuals", "adapters", "embedding")}}
+
+
 def memory(reports):
-    """Stacked bars, one a report of memory.simulate."""
-    kinds = list(dict.fromkeys(kind for report in reports for kind in report["parts"]))
+    """Stacked bars, one a report of memory.simulate; parts of a kind are put together."""
+    grouped = []
+    for report in reports:
+        parts = {}
+        for part, n in report["parts"].items():
+            kind = GROUPS.get(part, "weights, 4 or 8 bits" if part.startswith("weights") else part)
+            parts[kind] = parts.get(kind, 0) + n
+        grouped.append({"parts": parts, "method": report["method"]})
+    reports, order = grouped, ("weights, 16 or 32 bits", "weights, 4 or 8 bits", "adapter", "gradients", "optimizer states", "activations", "logits and loss", "temporaries", "CUDA")
+    kinds = [kind for kind in order if any(kind in report["parts"] for report in reports)]
     fig, ax = figure(width=2 + 1.2 * max(len(reports), 3))
     bottom = [0.0] * len(reports)
     for kind, color in zip(kinds, COLORS * len(kinds)):
@@ -105,6 +117,7 @@ def memory(reports):
         ax.text(i, total, f"{total:.3g}", ha="center", va="bottom")
     ax.set_xticks(range(len(reports)), [report["method"] for report in reports])
     ax.set(ylabel="GB at the peak", title="What the peak consists of")
+    ax.margins(y=.08)
     ax.grid(axis="x", visible=False)
     ax.legend(frameon=False, bbox_to_anchor=(1, 1), loc="upper left", reverse=True)
     return fig
