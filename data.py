@@ -691,7 +691,6 @@ def _special(inner, folder, config, role, usual):
 class Encoded:
     sequences: list              # of (ids, n_prompt)
     block_size: int              # none is longer, nor are batches of them
-    block_size: int              # none is longer, nor are batches of them
     n_cut: int = 0               # sequences that lost their end to block_size
     n_empty: int = 0             # sequences left out, because nothing in them was supervised
     n_supervised: int = 0        # targets that count

@@ -537,7 +537,7 @@ def count_parameters(model):
 
 def param_groups(model, learning_rate, weight_decay, lora_plus_ratio=1.0):
     """Groups for an optimizer: matrices decay, vectors and soft prompts do not; LoRA's B at lora_plus_ratio times the learning
-    rate (LoRA+, Hayou et al. 2024)."""
+    rate (LoRA+, Hayou et al. 2024). A schedule keeps to that by each group's "ratio"."""
     groups = {}
     for name, p, method in named(model):
         if method:
@@ -545,7 +545,7 @@ def param_groups(model, learning_rate, weight_decay, lora_plus_ratio=1.0):
             decay = weight_decay if p.dim() > 1 and method not in ("prefix", "prompt") else 0.0
             groups.setdefault((ratio, decay), []).append(p)
     check(groups, "nothing is trainable: attach a method first")
-    return [{"params": params, "lr": learning_rate * ratio, "weight_decay": decay} for (ratio, decay), params in groups.items()]
+    return [{"params": params, "lr": learning_rate * ratio, "ratio": ratio, "weight_decay": decay} for (ratio, decay), params in groups.items()]
 
 
 def fingerprint(model):
@@ -686,16 +686,16 @@ def add_adapters(adapters, weights):
 # -----------------------------------------------------------------------------
 # files: a crash at any instant leaves a whole one, a flipped bit is noticed, and nothing in them is ever run
 #
-#   zip  |  data.pkl  data/0  data/1 ...  (torch.save)  |  checksum: SHA-256 over the names and bytes of all the others
+#   torch.save's zip  |  its comment: SHA-256 of every byte before it, in 64 hexadecimal digits
 
 
 def save_file(path, content):
     """Writes plain values and tensors so that read_file, or torch.load(weights_only=True), reads them back."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.writestr(f"{archive.namelist()[0].split('/')[0]}/checksum", checksum(archive))
-    write_atomic(path, buffer.getbuffer())
+    raw = bytearray(buffer.getbuffer())
+    raw[-2:] = (64).to_bytes(2, "little")                        # the length of the comment, which was none
+    write_atomic(path, [raw, hashlib.sha256(raw).hexdigest().encode()])
 
 
 def read_file(path):
@@ -705,30 +705,17 @@ def read_file(path):
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     check(raw, f"{path}: empty")
+    check(hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode() == raw[-64:], f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            entries = archive.infolist()
-            check(all(e.compress_type == zipfile.ZIP_STORED for e in entries) and sum(e.file_size for e in entries) <= len(raw),
+            check(all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist()) and sum(e.file_size for e in archive.infolist()) <= len(raw),
                   f"{path}: compressed; not a file of this project")
-            stored = [e for e in entries if e.filename.endswith("/checksum")]
-            check(len(stored) == 1, f"{path}: has no checksum; not a file of this project")
-            check(archive.read(stored[0]).decode() == checksum(archive), f"{path}: damaged, its checksum is wrong")
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, RuntimeError, NotImplementedError,
             AttributeError, OSError, MemoryError, UnicodeDecodeError, OverflowError, AssertionError) as error:
-        raise ValueError(f"{path}: truncated, damaged or not a file of this project ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
+        raise ValueError(f"{path}: not a file of this project ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
     check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
     return content
-
-
-def checksum(archive):
-    """SHA-256 over the names and bytes of a zip file's entries, but for the checksum's own."""
-    digest = hashlib.sha256()
-    for entry in archive.infolist():
-        if not entry.filename.endswith("/checksum"):
-            digest.update(f"{entry.filename} {entry.file_size}\n".encode())
-            digest.update(archive.read(entry))
-    return digest.hexdigest()
 
 
 def write_atomic(path, content):

@@ -531,7 +531,7 @@ def lora_linear(x, W, bias, A, B, s, dropout=0.0, training=False):
     """
     seed = None
     if dropout and training and A is not None:
-        seed = int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
+        seed = 0 if _fakes else int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
     meta, tensors = (None, (W,)) if isinstance(W, torch.Tensor) else (W.meta, W.tensors().values())
     return LoRALinear.apply(x, A, B, bias, s, dropout, seed, meta, *tensors)
 

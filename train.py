@@ -214,6 +214,9 @@ def run_main(main, *args):
             raise
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
@@ -497,7 +500,7 @@ def newest_state(folder):
         return peft.read_file(folder / "state.before.pt")
 
 
-def restore(path, model, optimizer, batches, progress, fingerprints):
+def restore(path, model, optimizer, batches, config, progress, fingerprints):
     """The inverse of snapshot; whatever does not fit is refused before anything is changed."""
     state = newest_state(path)
     missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
@@ -506,6 +509,9 @@ def restore(path, model, optimizer, batches, progress, fingerprints):
     for what, value in fingerprints.items():
         if state["fingerprints"].get(what) != value:
             raise ValueError(f"{path}: the {what} has changed since that run (its fingerprint differs)")
+    for name, value in dataclasses.asdict(config).items():
+        if name not in MAY_CHANGE and state["config"].get(name) != value:
+            raise ValueError(f"{path}: {name} was {state['config'].get(name)!r} when the state was saved; config.toml says {value!r}")
     own, new = optimizer.state_dict(), state["optimizer"]
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     if [len(g["params"]) for g in own["param_groups"]] != [len(g["params"]) for g in new["param_groups"]] or any(
@@ -528,11 +534,11 @@ class Log:
         if first_step and path.is_file():
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
         peft.write_atomic(path, "".join(line + "\n" for line in kept).encode())
-        self.file = open(path, "a")
+        self.path = path
 
     def write(self, **line):
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
 
 
 def say(*lines):
@@ -591,7 +597,10 @@ class Task:
         model, tokenizer = load_base(config, device, getattr(torch, config.dtype))
         corpus = data.load(config.data)
         context = model.config.block_size
-        length = min(config.block_size or context, context) - peft.virtual_positions(config.method, dataclasses.asdict(config))
+        taken = peft.virtual_positions(config.method, dataclasses.asdict(config))
+        if taken >= context:
+            raise ValueError(f"{config.method} takes {taken} of the {context} positions of the context and leaves none to the tokens")
+        length = min(config.block_size or context, context - taken)
         encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
                                       vocab_size=model.config.vocab_size) for split in ("train", "val")}
         fingerprints = {"base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -693,7 +702,7 @@ def train(config):
         optimizer = make_optimizer(task.model, config)
         batches = data.Batches(task.encoded["train"], config.batch_size, config.seed, RANK, WORLD_SIZE)
         if config.resume:
-            restore(folder, task.model, optimizer, batches, progress, task.fingerprints)
+            restore(folder, task.model, optimizer, batches, config, progress, task.fingerprints)
             say(f"resumed    at step {progress['step']}")
         elif RANK == 0:
             task.tokenizer.save(folder)
@@ -706,7 +715,6 @@ def loop(config, folder, device, task, optimizer, batches, progress):
     """Trains until max_iters (True) or until somebody asks for an end (False); saves either way."""
     interrupt, model = Interrupt(), task.model
     log = Log(folder / "log.jsonl", progress["step"]) if RANK == 0 else None
-    ratios = [group["lr"] / config.learning_rate for group in optimizer.param_groups]
     torch.manual_seed(config.seed + RANK) if not progress["step"] else None      # dropout differs between processes
 
     def save():
@@ -732,8 +740,8 @@ def loop(config, folder, device, task, optimizer, batches, progress):
     while progress["step"] < config.max_iters and not interrupt.asked:
         start, i = time.perf_counter(), progress["step"]
         lr = learning_rate(config, i)
-        for group, ratio in zip(optimizer.param_groups, ratios):
-            group["lr"] = lr * ratio
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
         micro_batches = [tuple(t.to(device) for t in next(batches)) for _ in range(config.gradient_accumulation_steps)]
         watched = RANK == 0 and not config.compile and (not taken or i + 1 == config.max_iters)
         with measured(task, config, device, optimizer, micro_batches, i) if watched else nullcontext():

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -102,7 +103,7 @@ def test_03_a_flipped_bit(refuse, here):
     raw = bytearray((here / "run" / "adapter.pt").read_bytes())
     raw[len(raw) // 2] ^= 4
     (here / "run" / "adapter.pt").write_bytes(raw)
-    assert "damaged" in refuse(*SAMPLE)
+    assert "its checksum is wrong" in refuse(*SAMPLE)
 
 
 class Payload:
@@ -128,25 +129,23 @@ def drill(here, kills, seed):
         command = [sys.executable, ROOT / "train.py", *(["--resume", "drill"] if resume else map(str, flags))]
         process = subprocess.Popen(list(map(str, command)), cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         for line in process.stdout:                              # the first step is done: from here on it saves all the time
-            if line.startswith("step"):
+            if re.match(r"step +\d+/", line):
                 break
         else:
             raise AssertionError(process.stderr.read())
-        time.sleep(rng.random() * 0.3)
+        time.sleep(rng.random() * 0.1)
         process.kill()
         process.communicate()
         state = peft.read_file(here / "drill" / "state.pt")      # whole, whatever the moment
         steps.append(state["progress"]["step"])
         if resume:
             assert steps[-1] > steps[-2]
-        if not resume:
-            shutil.rmtree(here / "first", ignore_errors=True)
     return steps
 
 
 def test_05_kill_while_saving(here):
-    steps = drill(here, 5, 0)
-    assert steps == sorted(steps) and steps[-1] > 5
+    steps = drill(here, 20, 0)
+    assert steps == sorted(steps) and steps[-1] >= 20
 
 
 @pytest.mark.slow
@@ -168,7 +167,7 @@ def full_disk(here, n, *args):
 
 def test_06_disk_full(here):
     before = tree(here / "run")
-    done = full_disk(here, 20_000, *RESUME)                      # adapter.pt and state.pt are larger
+    done = full_disk(here, 10_000, *RESUME[1:])                      # adapter.pt and state.pt are larger
     assert done.returncode == 2 and "cannot be written: File too large" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     after = tree(here / "run")
     assert all(after[name] == before[name] for name in before if name.suffix == ".pt" and name.name != "state.before.pt") and not [p for p in after if p.suffix == ".tmp"]
@@ -227,8 +226,11 @@ def test_13_adapter_on_the_wrong_base(refuse, here):
 
 def test_14_another_rank(refuse, here):
     path = here / "run" / "config.toml"
-    path.write_text(path.read_text().replace("rank = 2", "rank = 3"))
-    assert "shape" in refuse(*RESUME)
+    for key, old, new in (("rank", "2", "3"), ("alpha", "16.0", "8.0"), ("targets", '"all"', '"q,v"')):
+        was = path.read_text()
+        path.write_text(was.replace(f"\n{key} = {old}\n", f"\n{key} = {new}\n"))
+        assert f"{key} was " in refuse(*RESUME)
+        path.write_text(was)
 
 
 def test_15_optimizer_state_that_does_not_fit(refuse, here):
@@ -292,24 +294,24 @@ def test_25_token_beyond_the_vocabulary(refuse, here):
 
 
 def test_26_nothing_supervised(here, script):
-    line = json.dumps({"prompt": "item 1 " * 60, "completion": "text"})
-    (here / "data.jsonl").write_text((here / "data.jsonl").read_text() + "\n" + line)
+    more = [json.dumps({"prompt": f"item {i} " * 60, "completion": "text"}) for i in range(9)]      # more than the val and test splits take
+    (here / "data.jsonl").write_text("\n".join([(here / "data.jsonl").read_text(), *more]))
     done = script(*TRAIN, "--too_long", "cut", cwd=here)
-    assert done.returncode == 0 and "empty ones skipped" in done.stdout
+    assert done.returncode == 0 and re.search(r", \d empty ones skipped", done.stdout)
 
 
 def test_27_too_long(refuse, here, script):
-    (here / "data.jsonl").write_text((here / "data.jsonl").read_text() + "\n" + json.dumps({"prompt": "item", "completion": "text 1 of 2 " * 60}))
+    more = [json.dumps({"prompt": f"item {i} again", "completion": "text 1 of 2 " * 60}) for i in range(9)]
+    (here / "data.jsonl").write_text("\n".join([(here / "data.jsonl").read_text(), *more]))
     assert "block_size is 48; raise it, or set too_long to cut" in refuse(*TRAIN)
     done = script(*TRAIN, "--too_long", "cut", cwd=here)
-    assert done.returncode == 0 and ", 1 cut" in done.stdout
+    assert done.returncode == 0 and re.search(r", \d cut", done.stdout)
 
 
 def test_28_partial_accumulation_is_weighted_by_tokens():
     from test_train import batch, lora_model
     tokens, targets = batch(7)
-    losses = [float(train.step(lora_model(), None, list(zip(tokens.split(n), targets.split(n))), 0.0, finite=lambda *_: False)[0]) for n in (7, 3, 1)] \
-        if False else []
+    losses = []
     for n in (7, 3, 1):                                          # 7; 3 + 3 + 1; seven of 1
         model = lora_model()
         losses.append(float(train.step(model, train.make_optimizer(model, train.Config()), list(zip(tokens.split(n), targets.split(n))), 0.0)[0]))
@@ -317,8 +319,9 @@ def test_28_partial_accumulation_is_weighted_by_tokens():
 
 
 def test_29_prompt_as_long_as_the_context(refuse):
-    assert "prompt_length is 48; it must be at least 1 and below the context of 48" in refuse(*TRAIN, "--method", "prompt", "--prompt_length", 48)
-    assert "prefix_length is 48" in refuse(*TRAIN, "--method", "prefix", "--prefix_style", "after", "--prefix_length", 48)
+    assert "prompt takes 48 of the 48 positions" in refuse(*TRAIN, "--method", "prompt", "--prompt_length", 48)
+    assert "prefix takes 48 of the 48 positions" in refuse(*TRAIN, "--method", "prefix", "--prefix_style", "after", "--prefix_length", 48)
+    assert "prefix_length is 48" in refuse(*TRAIN, "--method", "prefix", "--prefix_length", 48)
 
 
 def test_30_not_finite_weight(refuse, here):
@@ -385,7 +388,7 @@ def test_37_out_of_memory(here):
 def test_38_interrupts(here, number):
     command = [sys.executable, ROOT / "train.py", *map(str, TRAIN[1:]), "--max_iters", "1000000", "--eval_interval", "1000000", "--log_interval", "1"]
     process = subprocess.Popen(command, cwd=here, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    next(line for line in process.stdout if line.startswith("step"))
+    next(line for line in process.stdout if re.match(r"step +\d+/", line))
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "python train.py --resume new goes on" in out and "once more to stop at once" in err
@@ -409,7 +412,8 @@ def test_39_nothing_to_train(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())
 
 
-def test_40_merging_twice(refuse, here):
+def test_40_merging_twice(refuse, here, monkeypatch):
+    monkeypatch.chdir(here)
     model = hub.load_base(here / "base")
     peft.load_adapter(model, here / "run" / "adapter.pt")
     peft.merge(model)
@@ -487,7 +491,8 @@ FILES = {   # kind: file in the world, and what reads it
     "safetensors": ("base/model.safetensors", lambda p: list(hub.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, hub.read_config(p.parents[1] / "base")))}
 
 
-def fuzz(here, kind, n):
+def fuzz(here, kind, n, monkeypatch):
+    monkeypatch.chdir(here)
     (here / "data.csv").write_text("mr,ref\n" + "\n".join(f'"name[A {i}], food[B]",A {i} serves B.' for i in range(12)) + "\n")
     if kind == "peft":
         hub.export(here / "run", here / "peft")
@@ -504,12 +509,12 @@ def fuzz(here, kind, n):
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_hundred_mutants(here, kind):
-    loaded = fuzz(here, kind, 100)
+def test_a_hundred_mutants(here, kind, monkeypatch):
+    loaded = fuzz(here, kind, 100, monkeypatch)
     assert kind not in ("adapter", "state") or loaded == 0       # checksummed: none of them passes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FILES)
-def test_two_thousand_mutants(here, kind):
-    fuzz(here, kind, 2000)
+def test_two_thousand_mutants(here, kind, monkeypatch):
+    fuzz(here, kind, 2000, monkeypatch)
