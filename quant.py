@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
 # -----------------------------------------------------------------------------
@@ -52,8 +53,11 @@ def dynamic_levels():
     return torch.tensor(sorted([-v for v in positive] + [0.0, 1.0] + positive))
 
 
+DYNAMIC = tuple(dynamic_levels().tolist())      # plain numbers, so that a compiler can trace what uses them
+
+
 def _levels(scheme):
-    return dynamic_levels() if scheme == "dynamic" else torch.tensor(LEVELS[scheme])
+    return torch.tensor(DYNAMIC if scheme == "dynamic" else LEVELS[scheme])
 
 
 def _boundaries(scheme):
@@ -459,7 +463,6 @@ def _dense(weight, dtype):
     return out.copy_(weight) if isinstance(weight, torch.Tensor) else weight.dequantize(out=out)
 
 
-@torch.compiler.disable
 def _dropped(mask, p, seed):
     """Fills mask, which is contiguous, with what seed stands for: 0 or 1 / (1 - p)."""
     generator = torch.Generator(mask.device).manual_seed(seed)
@@ -531,6 +534,9 @@ def lora_linear(x, W, bias, A, B, s, dropout=0.0, training=False):
     """
     seed = None
     if dropout and training and A is not None:
+        if torch.compiler.is_compiling():               # a compiler keeps track of the mask itself
+            low = F.linear(F.dropout(x, dropout), A.to(x.dtype))
+            return lora_linear(x, W, bias, None, None, s) + s * F.linear(low, B.to(x.dtype))
         seed = 0 if _fakes else int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
     meta, tensors = (None, (W,)) if isinstance(W, torch.Tensor) else (W.meta, W.tensors().values())
     return LoRALinear.apply(x, A, B, bias, s, dropout, seed, meta, *tensors)
