@@ -5,13 +5,10 @@ quant.py against oracles that share no code with it: the slide, formulas in nump
 
 import copy
 import hashlib
-import importlib.util
 import io
+import itertools
 import math
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -386,6 +383,192 @@ def test_expected_error_of_double_quantization(block, added):
     x = torch.randn(2**22, generator=torch.Generator().manual_seed(block))
     more, less = ((quantize(x, "nf4", block, double).dequantize() - x).double().abs().view(-1, block).mean(1) for double in (True, False))
     assert abs((more - less).mean() - added) <= 5 * deviation(more - less) + 0.5e-5
+
+
+# -----------------------------------------------------------------------------
+# bit for bit with bitsandbytes: its plain-torch kernels, taken from its source so that its CPU's coarse table stays out
+
+BITSANDBYTES = r"""
+import inspect, re, sys, torch
+import bitsandbytes.functional as F
+import bitsandbytes.backends.default.ops as ops
+kernels = {}
+def collect(name, backend):
+    def keep(f):
+        kernels[name.split("::")[1]] = f
+        return f
+    return keep
+source = inspect.getsource(ops).replace("from ..._ops import register_kernel", "register_kernel = collect")
+exec(re.sub(r"@_try_torch_compile(\(.*?\))?\n", "", source), {"__name__": ops.__name__, "__package__": ops.__package__, "collect": collect})
+code = F.create_dynamic_map()
+results = []
+for x, block in torch.load(sys.argv[1], weights_only=True):
+    packed, absmax = kernels["quantize_4bit"](x, block, "nf4", torch.uint8)
+    offset = absmax.mean()
+    nested, absmax2 = kernels["quantize_blockwise"](absmax - offset, code, 256)
+    scales = kernels["dequantize_blockwise"](nested, absmax2, code, 256, torch.float32) + offset
+    values = [[kernels["dequantize_4bit"](packed, a, block, "nf4", list(x.shape), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] for a in (absmax, scales)]
+    results.append([packed.flatten(), absmax, nested, absmax2, offset, *sum(values, [])])
+torch.save([code, results], sys.argv[2])
+"""
+
+
+@pytest.mark.peers
+def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
+    """But for a partial block of zeros, whose scale bitsandbytes stores as 1e-38."""
+    cases = []
+    for kind, dtype, (n, block) in itertools.product(KINDS, DTYPES, ((4096 * 5, 64), (1003, 64), (777, 32), (70000, 16), (5001, 4096), (1, 64))):
+        x = torch.from_numpy(case(kind, n, block))
+        x = (x.clamp(-6e4, 6e4) if dtype == torch.float16 and kind == "huge" else x * (2.0**85 if dtype == torch.float16 and kind == "tiny" else 1)).to(dtype)
+        if kind != "zeros" or n % block == 0:
+            cases.append((x.view(5, -1) if n % 5 == 0 else x, block))
+    torch.save(cases, tmp_path / "cases")
+    peer(BITSANDBYTES, tmp_path / "cases", tmp_path / "results")
+    code, results = torch.load(tmp_path / "results", weights_only=True)
+    assert same(code, quant.dynamic_levels())
+    for (x, block), theirs in zip(cases, results, strict=True):
+        plain, double = quantize(x, "nf4", block), quantize(x, "nf4", block, double=True)
+        n = len(plain.packed) - x.numel() % 2                    # its pad nibble is 7 as well, but that is checked by hand
+        ours = [plain.packed, plain.absmax, double.absmax, double.absmax2, double.offset]
+        ours += [q.dequantize(dtype) for q in (plain, double) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
+        for what, a, b in zip("packed absmax nested absmax2 offset f32 bf16 f16 f32-double bf16-double f16-double".split(), ours, theirs, strict=True):
+            a, b = (a[:n], b[:n]) if what == "packed" else (a, torch.where(b == 1e-38, 0, b).view(a.shape) if what == "absmax2" else b.view(a.shape))
+            assert same(a, b), (what, x.dtype, tuple(x.shape), block, (a != b).sum())
+        assert x.numel() % 2 == 0 or plain.packed[-1] & 15 == theirs[0][-1] & 15 == 7
+
+
+# -----------------------------------------------------------------------------
+# the Function
+
+
+def parts(dtype=torch.float64, n=5, d_in=12, d_out=7, r=3):
+    g = torch.Generator().manual_seed(0)
+    make = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+    return make(2, n, d_in), make(d_out, d_in), make(d_out), make(r, d_in), make(d_out, r)
+
+
+@pytest.mark.parametrize("p, seed", [(0.0, None), (0.4, 17)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradcheck(p, seed, with_bias):
+    x, W, b, A, B = parts()
+    inputs = [t.requires_grad_() for t in (x, A, B, *([b] if with_bias else []))]
+    assert torch.autograd.gradcheck(lambda x, A, B, b=None: LoRALinear.apply(x, A, B, b, 0.7, p, seed, None, W), inputs)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("double", [False, True])
+def test_gradients_are_those_through_the_dequantized_weight(scheme, double):
+    x, W, b, A, B = parts(d_in=32, d_out=24)
+    q, g = quantize(W.float(), scheme, 16, double), torch.randn(2, 5, 24, dtype=torch.float64)
+    results = []
+    for weight in (q, q.dequantize(torch.float64)):
+        inputs = [t.clone().requires_grad_() for t in (x, A, B)]
+        y = lora_linear(inputs[0], weight, b, *inputs[1:], 0.7) if weight is q else F.linear(inputs[0], weight, b) + 0.7 * inputs[0] @ inputs[1].T @ inputs[2].T
+        results.append((y, *torch.autograd.grad(y, inputs, g)))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_acts_on_the_input_of_A_alone_and_comes_back_in_the_backward_pass():
+    x, W, b, A, B = parts(n=400)
+    y = LoRALinear.apply(x, A, B, b, 1.0, 0.25, 3, None, W)
+    m = quant._dropped(torch.empty(800, 12, dtype=torch.float64), 0.25, 3).view(x.shape)
+    torch.testing.assert_close(y, F.linear(x, W, b) + (m * x) @ A.T @ B.T)
+    assert set(m.unique().tolist()) == {0.0, 1 / 0.75} and abs(m.mean() - 1) < 0.03
+    torch.manual_seed(0)
+    first = lora_linear(x, W, b, A, B, 1.0, 0.25, training=True)
+    assert not torch.equal(first, lora_linear(x, W, b, A, B, 1.0, 0.25, training=True))
+    assert torch.equal(lora_linear(x, W, b, A, B, 1.0, 0.25, training=False), lora_linear(x, W, b, A, B, 1.0))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("stored", ["nf4", "int8", "dense"])
+def test_one_activation_is_saved(stored, dropout):
+    """Over 3 layers in a row: the three inputs, and nothing else that is not a parameter or a buffer."""
+    from conftest import saved_bytes
+    layers = [peft.LoRA(nn.Linear(64, 64).requires_grad_(False) if stored == "dense" else QuantLinear.from_linear(nn.Linear(64, 64), stored, 64), 4, 2.0, dropout, "cpu") for _ in range(3)]
+    x = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept, _ = saved_bytes(lambda: nn.Sequential(*layers)(x))
+    own = {t.untyped_storage()._cdata for layer in layers for t in (*layer.parameters(), *layer.buffers())}
+    assert sorted(n for key, n in kept.items() if key not in own) == [50 * 64 * 2] * 3
+
+
+def test_nothing_is_kept_of_a_frozen_layer():
+    from conftest import saved_bytes
+    layer = QuantLinear.from_linear(nn.Linear(64, 32), "nf4")
+    kept, _ = saved_bytes(lambda: layer(torch.randn(50, 64, requires_grad=True)))
+    assert kept.keys() <= {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers())}
+
+
+# -----------------------------------------------------------------------------
+# the stored tensor and the layer
+
+
+@pytest.mark.parametrize("scheme, double", [(s, d) for s in SCHEMES for d in (False, True)])
+def test_saved_and_moved(scheme, double):
+    q = quantize(torch.randn(9, 37, generator=torch.Generator().manual_seed(0)), scheme, 32, double)
+    buffer = io.BytesIO()
+    torch.save(q.state_dict(), buffer)
+    buffer.seek(0)
+    again = QuantizedTensor.from_state(torch.load(buffer, weights_only=True))
+    assert again.meta == q.meta and all(same(t, again.tensors()[name]) for name, t in q.tensors().items()) and same(again.dequantize(), q.dequantize())
+    assert q.nbytes == sum(t.numel() * t.element_size() for t in q.tensors().values())
+    assert q.to("meta").device.type == "meta" and q.to("cpu").meta == q.meta
+    with pytest.raises(Exception, match="cannot assign"):
+        q.packed = None
+
+
+def test_bytes_of_a_parameter():
+    q = quantize(torch.randn(1024, 1024), "nf4", 64, True)
+    assert round(8 * q.nbytes / q.numel(), 3) == 4.127 and q.nbytes / q.numel() < 0.53
+
+
+def test_the_layer():
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 20), torch.randn(3, 48)
+    layer = QuantLinear.from_linear(linear, "nf4", 16, True)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize(), linear.bias))
+    assert layer(x.bfloat16()).dtype == torch.bfloat16 and not any(p.requires_grad for p in layer.parameters())
+    before = layer.weight_q
+    layer.bfloat16()
+    assert all(same(t, layer.weight_q.tensors()[name]) for name, t in before.tensors().items()) and layer.bias.dtype == torch.bfloat16
+    other = QuantLinear.from_linear(nn.Linear(48, 20), "nf4", 16, True).bfloat16()
+    other.load_state_dict(layer.state_dict())
+    assert same(other.dequantize(), layer.dequantize())
+    assert same(copy.deepcopy(layer).dequantize(), layer.dequantize())
+
+
+def test_which_layers():
+    from conftest import tiny
+    from model import GPT
+    model = GPT(tiny("llama"))
+    assert quantize_model(model, "nf4", 16, skip=("gate", "blocks.1.attn.q")) == (2 * 7 - 2 - 1, 2 * 7 + 1)
+    assert type(model.head).__name__ == "Linear" and not isinstance(model.blocks[0].ffn.gate, QuantLinear) and isinstance(model.blocks[0].attn.q, QuantLinear)
+    with pytest.raises(ValueError, match="no linear layer matched x; there are"):
+        quantize_model(model, "nf4", targets=("x",))
+
+
+@pytest.mark.parametrize("weight, scheme, block, words", [
+    (torch.full((4, 16), math.nan), "nf4", 64, "layer 3 holds NaN or infinity: 64 of 64 values, the first at \\[0, 0\\]"), (torch.tensor([1.0, math.inf]), "int8", 64, "1 of 2 values, the first at \\[1\\]"),
+    (torch.empty(0, 4), "nf4", 64, "layer 3 is empty: shape \\(0, 4\\)"), (torch.ones(4, dtype=torch.int32), "nf4", 64, "layer 3 is torch.int32"), (torch.ones(4), "nf5", 64, "unknown scheme 'nf5'; nearest: nf4"),
+    (torch.ones(4), "nf4", 48, "block_size is 48; it must be a power of two from 16 to 4096, or 'row'"), (torch.ones(4), "nf4", 8, "block_size is 8"), (torch.ones(4), "nf4", True, "block_size is True")])
+def test_what_cannot_be_quantized(weight, scheme, block, words):
+    with pytest.raises(ValueError, match=words):
+        quantize(weight, scheme, block, name="layer 3")
+
+
+@pytest.mark.parametrize("change, words", [(dict(packed=None), "lacks packed"), (dict(scheme="nf5"), "unknown scheme"), (dict(block_size=7), "block_size is 7"), (dict(shape=[2**40, 2**20]), "needs")])
+def test_states_that_are_refused(change, words):
+    state = quantize(torch.randn(4, 64), "nf4").state_dict() | change
+    with pytest.raises(ValueError, match=words):
+        QuantizedTensor.from_state({k: v for k, v in state.items() if v is not None})
+
+
+def test_the_demonstration(script):
+    out = script("quant.py").stdout
+    assert "0.42 / 1.0 = 0.42" in out and "is 0.4667: code 11" in out and "0.4667 - 0.42 = 0.0467" in out
+    row = next(line for line in out.splitlines() if line.startswith("   64 ")).split()
+    assert float(row[1]) == pytest.approx(0.0728, abs=2e-4) and float(row[3]) == pytest.approx(0.0852, abs=2e-4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")        # of torch itself, by its own compiler
