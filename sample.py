@@ -7,7 +7,6 @@ A prompt in, text out.
 """
 
 import argparse
-import os
 import sys
 
 
@@ -58,7 +57,4 @@ def main(args):
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
     from train import run_main
-    try:
-        run_main(main, ARGS)
-    except BrokenPipeError:
-        os._exit(0)
+    run_main(main, ARGS)

@@ -209,6 +209,8 @@ def run_main(main, *args):
     """main(*args), a user's mistake told in one line on standard error with exit status 2. NANOPEFT_DEBUG=1 shows the traceback."""
     try:
         return main(*args)
+    except BrokenPipeError:                                      # whoever read has gone, as head does
+        os._exit(0)
     except (ValueError, OSError) as error:
         if os.environ.get("NANOPEFT_DEBUG"):
             raise

@@ -415,9 +415,9 @@ torch.save([code, results], sys.argv[2])
 
 @pytest.mark.peers
 def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
-    """But for a partial block of zeros, whose scale bitsandbytes stores as 1e-38."""
+    """But for a partial block of zeros, whose scale bitsandbytes stores as 1e-38, and for a mean of scales beyond float32, which it makes infinite."""
     cases = []
-    for kind, dtype, (n, block) in itertools.product(KINDS, DTYPES, ((4096 * 5, 64), (1003, 64), (777, 32), (70000, 16), (5001, 4096), (1, 64))):
+    for kind, dtype, (n, block) in itertools.product(KINDS, DTYPES, ((4096 * 5, 64), (1003, 64), (777, 32), (9000, 16), (5001, 4096), (1, 64))):
         x = torch.from_numpy(case(kind, n, block))
         x = (x.clamp(-6e4, 6e4) if dtype == torch.float16 and kind == "huge" else x * (2.0**85 if dtype == torch.float16 and kind == "tiny" else 1)).to(dtype)
         if kind != "zeros" or n % block == 0:
@@ -433,6 +433,9 @@ def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
         ours += [q.dequantize(dtype) for q in (plain, double) for dtype in (torch.float32, torch.bfloat16, torch.float16)]
         for what, a, b in zip("packed absmax nested absmax2 offset f32 bf16 f16 f32-double bf16-double f16-double".split(), ours, theirs, strict=True):
             a, b = (a[:n], b[:n]) if what == "packed" else (a, torch.where(b == 1e-38, 0, b).view(a.shape) if what == "absmax2" else b.view(a.shape))
+            if not theirs[4].isfinite() and what in ("nested", "absmax2", "offset", "f32-double", "bf16-double", "f16-double"):
+                assert ours[4].isfinite() and double.scales().isfinite().all()
+                continue
             assert same(a, b), (what, x.dtype, tuple(x.shape), block, (a != b).sum())
         assert x.numel() % 2 == 0 or plain.packed[-1] & 15 == theirs[0][-1] & 15 == 7
 

@@ -1,0 +1,50 @@
+"""bench.py measures what it says: small jobs, run as a user runs them. The figures themselves are no test."""
+
+import json
+
+import pytest
+import torch
+
+import hub
+from conftest import tiny
+from model import GPT
+
+
+BASE = tiny("llama", n_embd=64, n_ffn=128)      # multiples of 64: elsewhere bitsandbytes' CPU kernel is wrong
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    torch.manual_seed(0)
+    hub.save_base(GPT(BASE), folder)
+    return folder
+
+
+def last(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_step(script, base):
+    report = last(script("bench.py", "step", "--base", base, "--batch", 2, "--seq", 16, "--steps", 2, "--rounds", 1, "--rank", 2))
+    ours = report["result"]["nanopeft"]
+    assert report["quant"] == "nf4" and ours["tokens_per_second"]["least"] <= ours["tokens_per_second"]["median"] <= ours["tokens_per_second"]["most"]
+    assert ours["peak"] > 1e8 and 0 < ours["share_of_it"] < 1
+
+
+def test_load(script, base):
+    report = last(script("bench.py", "load", "--base", base))["result"]
+    assert report["parameters"] == GPT(BASE).num_params() and report["held"] < 4 * report["parameters"]
+
+
+@pytest.mark.peers
+def test_the_peers_losses_are_ours(script, peer, base):
+    """Equal weights, adapters and data; NF4 with double quantization, float32."""
+    report = last(script("bench.py", "loss", "--base", base, "--batch", 2, "--seq", 32, "--steps", 10, "--rank", 2, "--dtype", "float32", timeout=240))["result"]
+    assert len(report["ours"]) == 11 and report["largest_difference"] < 1e-3 and report["ours"][-1] < report["ours"][0]
+
+
+@pytest.mark.parametrize("flags, words", [("step --steps 0", "steps is 0"), ("step --base gpt3", "unknown model 'gpt3'")])
+def test_mistakes(refused, flags, words):
+    assert words in refused("bench.py", *flags.split(), NANOPEFT_PEERS="")
