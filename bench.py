@@ -4,6 +4,7 @@ Speed and memory beside the stack that people use, and beside what the hardware 
     python bench.py step --peer                                  # a training step: tokens a second, resident peak
     python bench.py step --base gpt2 --method qlora --batch 4 --seq 512 --dtype bfloat16 --steps 5 --peer
     python bench.py loss                                         # the same 50 losses as peft + bitsandbytes, step by step
+    python bench.py epoch --data DIR/e2e --tokenizer DIR/gpt2 --peer     # texts of real lengths, ours bucketed, theirs padded as usual
     python bench.py quant --peer                                 # 4096 x 4096: quantize, dequantize
     python bench.py generate --base DIR                          # with the cache, in a batch and one at a time
     python bench.py load --base DIR                              # reading and quantizing a checkpoint
@@ -74,6 +75,19 @@ def ours_step(job):
     losses, left = [], iter(batches)
     seconds = median_time(lambda: losses.append(float(train.step(model, optimizer, [next(left)], 1.0)[0])), job["steps"], sync)
     return {"seconds": seconds, "losses": losses, "peak": train.peak(), "rate": matrix_rate(job, device)}
+
+
+def ours_epoch(job):
+    """Steps over texts of real lengths, batched as train.py batches them."""
+    import data
+    import train
+    model, optimizer, _, device = setting(job | {"steps": 0})
+    sequences = [tuple(pair) for pair in json.loads(Path(job["sequences"]).read_text())]
+    batches = data.Batches(data.Encoded(sequences, model.config.block_size), job["batch"], 1)
+
+    def step():
+        train.step(model, optimizer, [tuple(t.to(device) for t in next(batches))], 1.0)[0].item()
+    return {"seconds": median_time(step, job["steps"]), "peak": train.peak()}
 
 
 def matrix_rate(job, device):
@@ -169,11 +183,24 @@ else:
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
     g = torch.Generator().manual_seed(1)
-    batches = iter([torch.randint(model.config.vocab_size, (job["batch"], job["seq"]), generator=g) for _ in range(job["steps"] + 1)])
     losses = []
+    if job["what"] == "epoch":      # random batches padded to their longest, as the usual collator does
+        sequences = json.load(open(job["sequences"]))
+        order = torch.randperm(len(sequences), generator=g).tolist()
+        def batch(i):
+            part = [sequences[j] for j in order[i * job["batch"]:(i + 1) * job["batch"]]]
+            T = max(len(ids) for ids, _ in part)
+            tokens, labels, mask = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100), torch.zeros(len(part), T, dtype=torch.long)
+            for row, (ids, n) in enumerate(part):
+                tokens[row, :len(ids)] = torch.tensor(ids)
+                labels[row, n:len(ids)] = torch.tensor(ids[n:])
+                mask[row, :len(ids)] = 1
+            return dict(input_ids=tokens, labels=labels, attention_mask=mask)
+        batches = map(batch, range(10**9))
+    else:
+        batches = (dict(input_ids=t, labels=t) for t in [torch.randint(model.config.vocab_size, (job["batch"], job["seq"]), generator=g) for _ in range(job["steps"] + 1)])
     def step():
-        tokens = next(batches)
-        loss = model(tokens, labels=tokens).loss
+        loss = model(**next(batches)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step(); optimizer.zero_grad(set_to_none=True)
@@ -254,6 +281,25 @@ def bench_step(job, args):
     return report
 
 
+def bench_epoch(job, args):
+    """Sequences a second over a shuffled part of an epoch; the peers get the same texts."""
+    import data
+    import hub
+    encoded = data.encode(data.load(args.data).train, data.Tokenizer.load(args.tokenizer or job["base"]), hub.read_config(job["base"]).block_size)
+    Path(job["folder"], "sequences.json").write_text(json.dumps(encoded.sequences))
+    job["sequences"] = str(Path(job["folder"], "sequences.json"))
+    sides = {"nanopeft": lambda: ours(job)}
+    if args.peer:
+        sides |= {"peft + bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
+    report = {name: {"sequences_per_second": spread([job["steps"] * job["batch"] / sum(r["seconds"]) for r in runs]), "peak": max(r["peak"] for r in runs)}
+              for name, runs in alternate(sides, args.rounds).items()}
+    print(f"{Path(job['name']).name}, {job['method']} rank {job['rank']}, batches of {job['batch']} out of {len(encoded.sequences)} texts, {job['dtype']}")
+    best = report["nanopeft"]["sequences_per_second"]["median"]
+    for name, r in report.items():
+        print(f"  {name:26} {r['sequences_per_second']['median']:8.2f} sequences/s  {r['peak'] / 1e9:5.2f} GB" + (f"  {best / r['sequences_per_second']['median']:5.2f} times as fast" if name != "nanopeft" else ""))
+    return report
+
+
 def flops_per_token(job):
     """Of the products that cannot be left out: forward, and backward to the inputs, of every frozen matrix; attention's scores apart."""
     import torch
@@ -314,9 +360,12 @@ def bench_load(job, args):
 
 
 def bench_grow(job, args):
-    """Time and memory by sequence length, rank and model size; measured beside what memory.py says. Bytes are counted by train.measured's tracker."""
+    """Time and memory by sequence length, rank and model size; measured beside what memory.py says. Bytes are counted by memory.Tracker."""
+    import torch
+    import hub
     import memory
-    rows = [("seq", n, dict(seq=n, batch=1)) for n in (128, 256, 512, 1024)] + [("rank", n, dict(rank=n, batch=1)) for n in (1, 16, 256)]
+    context = hub.read_config(job["base"]).block_size
+    rows = [("seq", n, dict(seq=n, batch=1)) for n in (128, 256, 512, 1024, 2048) if n <= context] + [("rank", n, dict(rank=n, batch=1)) for n in (1, 16, 256)]
     rows += [("model", n, dict(name=n, batch=1)) for n in ("gpt2", "gpt2-medium", "gpt2-large")[:args.models]]
     report = []
     for what, value, change in rows:
@@ -325,10 +374,8 @@ def bench_grow(job, args):
             if "name" in change:
                 changed["base"] = base_folder(value, Path(folder))
             r = ours(changed | {"what": "grow"})
-        import torch
-        import hub
-        name = change.get("name", job["name"])
-        expected = memory.simulate(name, job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu", job["quant"] or None, rank=changed["rank"])["peak"]
+            expected = memory.simulate(hub.read_config(changed["base"]), job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu",
+                                       job["quant"] or None, rank=changed["rank"])["peak"]
         report.append({"what": what, "value": value, "seconds": statistics.median(r["seconds"]), "counted": r["counted"], "predicted": expected})
         print(f"  {what:6}{value!s:>12}  {report[-1]['seconds']:7.2f} s a step  {r['counted'] / 1e6:9.1f} MB counted  {expected / 1e6:9.1f} MB predicted", flush=True)
     return report
@@ -350,7 +397,7 @@ def ours_grow(job):
 
 def parse(args):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "loss", "quant", "generate", "load", "grow", "worker"))
+    parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "load", "grow", "worker"))
     parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--base", default="", help="a folder with a checkpoint, or a preset, or llama-124m; default gpt2, for loss llama-124m")
     parser.add_argument("--method", default="qlora")
@@ -361,6 +408,8 @@ def parse(args):
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--data", default="embedded", help="epoch: as for train.py")
+    parser.add_argument("--tokenizer", default="", help="epoch: a folder with one, where the base has none")
     parser.add_argument("--models", type=int, default=3, help="grow: how many sizes of GPT-2")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true")
@@ -380,9 +429,10 @@ def main(args):
     job = {k: getattr(args, k) for k in ("what", "method", "rank", "batch", "seq", "dtype", "steps", "device", "compile", "checkpointing")}
     job |= {"quant": args.quant or ("nf4" if args.method == "qlora" else ""), "name": args.base or ("llama-124m" if args.what == "loss" else "gpt2")}
     with tempfile.TemporaryDirectory() as folder:
+        job["folder"] = folder
         job["base"] = "" if args.what == "quant" else base_folder(job["name"], Path(folder))
         report = globals()[f"bench_{args.what}"](job, args)
-    print(json.dumps({"what": args.what, **{k: v for k, v in job.items() if k not in ("what", "base", "adapter")}, "result": report}))
+    print(json.dumps({"what": args.what, **{k: v for k, v in job.items() if k not in ("what", "base", "adapter", "folder", "sequences")}, "result": report}))
 
 
 if __name__ == "__main__":
