@@ -598,7 +598,7 @@ def restore(path, model, optimizer, batches, config, progress, fingerprints):
         if state["fingerprints"].get(what) != value:
             raise ValueError(f"{path}: the {what} has changed since that run (its fingerprint differs)")
     for name, value in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE and state["config"].get(name) != value:
+        if name not in (*MAY_CHANGE, "out_dir") and state["config"].get(name) != value:      # a folder may have moved
             raise ValueError(f"{path}: {name} was {state['config'].get(name)!r} when the state was saved; config.toml says {value!r}")
     own, new = optimizer.state_dict(), state["optimizer"]
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
