@@ -623,7 +623,8 @@ class Log:
     def __init__(self, path, first_step):
         kept = []
         if first_step and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+            entries = [(line, json.loads(line)) for line in path.read_text().splitlines()]
+            kept = [line for line, entry in entries if entry["step"] + ("lr" in entry) <= first_step]      # step i and its evaluation come before i + 1
         peft.write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.path = path
 
