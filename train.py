@@ -6,7 +6,7 @@ Fine-tunes a model on little hardware. One process on a CPU or a GPU, or several
     python train.py --method lora --quant int8 --base DIR --data DIR --out_dir out/x
     python train.py --resume out/x
     python train.py --method qlora --base DIR --dry_run       # parameters and memory, then stop
-    torchrun --nproc_per_node=2 train.py ...
+    torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; with --fsdp of the base as well
 
 The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer, state.pt (the
 last, for resuming), metrics.json and samples.txt.
@@ -358,15 +358,16 @@ def processes(device):
     """Joins the other processes, where torchrun has started several. One that is lost ends the others: at once where its connection
     breaks, after a minute where it only falls silent."""
     global PATIENT
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=1))
-        PATIENT = torch.distributed.new_group(timeout=timedelta(minutes=30), backend="gloo")     # for loading, saving and writing, which differ in time
     try:
+        if WORLD_SIZE > 1:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=1))
+            PATIENT = torch.distributed.new_group(timeout=timedelta(minutes=30), backend="gloo")     # where one works and the others wait
         yield
     except RuntimeError as error:
         if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
             raise
-        raise ValueError("another process has ended or fallen silent, torchrun's report names its rank; the last saved state is intact, --resume goes on from it") from None
+        raise ValueError(f"another process has ended or does not answer ({str(error).splitlines()[0]}); torchrun's report names its rank; "
+                         "the last saved state is intact, --resume goes on from it") from None
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -393,7 +394,7 @@ def shard(model, device):
     """FSDP2: a block's tensors lie divided among the processes, in storage, and come together as bytes while the block computes.
 
     What is trained is attached afterwards, and stays whole everywhere like embedding, norm and head: optimizer, saving and
-    sum_over_processes do not notice. The model comes on the CPU, a device never holds more than its share and one block.
+    sum_over_processes do not notice. The model comes on the CPU and goes to the device a block at a time.
     """
     from torch.distributed.fsdp import fully_shard
     mesh = torch.distributed.init_device_mesh(device.type, (WORLD_SIZE,))
@@ -817,6 +818,7 @@ def loop(config, folder, device, task, optimizer, batches, progress):
                 os.link(folder / "state.pt", folder / "state.link")
                 os.replace(folder / "state.link", folder / "state.before.pt")
             peft.save_file(folder / "state.pt", snapshot(model, optimizer, batches, config, progress, task.fingerprints, rng))
+        gathered(None)                                           # a large state takes longer to write than a step may last
 
     def check():
         losses = task.losses(config)
