@@ -504,12 +504,14 @@ def is_merged(model):
 
 def named(model):
     """(name, parameter, method) of every parameter once; method is None for what is frozen. Wrappers leave no trace in a name:
-    blocks.0.attn.q.A, blocks.0.attn.q.bias."""
+    blocks.0.attn.q.A, blocks.0.attn.q.bias. Quantized tensors are not among them, though FSDP has them be parameters."""
     owner = {id(p): m.method for m in model.modules() if hasattr(m, "method") for p in m.parameters(recurse=not hasattr(m, "base"))}
     unfrozen = {name: method for method, params in getattr(model, "unfrozen", {}).items() for name in params}
+    stored = {id(p) for m in model.modules() if isinstance(m, quant.QuantLinear) for name, p in m.named_parameters() if name != "bias"}
     for name, p in model.named_parameters():
         name = ".".join(part for part in name.split(".") if part != "base")
-        yield name, p, owner.get(id(p)) or unfrozen.get(name)
+        if id(p) not in stored:
+            yield name, p, owner.get(id(p)) or unfrozen.get(name)
 
 
 def base_parameters(model):

@@ -548,7 +548,7 @@ class QuantLinear(nn.Module):
     def __init__(self, q, bias=None, compute_dtype=None):
         super().__init__()
         self.out_features, self.in_features = q.shape
-        self.meta = q.meta
+        self.meta, self.names = q.meta, tuple(q.tensors())
         self.compute_dtype = compute_dtype
         for name, tensor in q.tensors().items():
             self.register_buffer(name, tensor)
@@ -565,7 +565,14 @@ class QuantLinear(nn.Module):
 
     @property
     def weight_q(self):
-        return QuantizedTensor(*self.meta, *self._buffers.values())
+        return QuantizedTensor(*self.meta, *(getattr(self, name) for name in self.names))
+
+    def make_parameters(self):
+        """Makes frozen parameters of the stored tensors, because FSDP divides parameters alone; not of `offset`, one number."""
+        for name in self.names:
+            if (tensor := getattr(self, name)).dim():
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def dequantize(self, dtype=None):
         return self.weight_q.dequantize(dtype)

@@ -6,7 +6,7 @@ Fine-tunes a model on little hardware. One process on a CPU or a GPU, or several
     python train.py --method lora --quant int8 --base DIR --data DIR --out_dir out/x
     python train.py --resume out/x
     python train.py --method qlora --base DIR --dry_run       # parameters and memory, then stop
-    torchrun --nproc_per_node=2 train.py ...
+    torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; with --fsdp of the base as well
 
 The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer, state.pt (the
 last, for resuming), metrics.json and samples.txt.
@@ -29,6 +29,7 @@ import time
 import tomllib
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 # -----------------------------------------------------------------------------
@@ -71,7 +72,7 @@ class Config:
     template: str = "pipe"            # of meaning representations: pipe (name : X | food : Y||) or raw
     too_long: str = "refuse"          # or cut
     # optimization
-    batch_size: int = 16              # sequences a micro-batch and process
+    batch_size: int = 16              # sequences a micro-batch, shared among the processes
     gradient_accumulation_steps: int = 1
     max_iters: int = 300              # optimizer steps
     learning_rate: float = 5e-3
@@ -95,6 +96,7 @@ class Config:
     compile: bool = False             # torch.compile the model
     checkpointing: bool = False       # recompute each block in the backward pass
     offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
+    fsdp: bool = False                # divide the frozen base among the processes (torchrun)
     seed: int = 1
 
     def __post_init__(self):
@@ -117,9 +119,10 @@ class Config:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(filter(None, allowed))}")
 
 
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # torchrun sets them
 CHOICES = {"quant": ("", "nf4", "linear4", "int4", "int8"), "lr_schedule": ("cosine", "linear", "constant"), "too_long": ("refuse", "cut"),
            "template": ("pipe", "raw"), "dtype": ("auto", "float32", "bfloat16")}
-MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "resume", "dry_run")    # when resuming
+MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp", "resume", "dry_run")    # when resuming
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
@@ -214,7 +217,7 @@ def run_main(main, *args):
     except (ValueError, OSError) as error:
         if os.environ.get("NANOPEFT_DEBUG"):
             raise
-        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}{f', process {RANK}' if WORLD_SIZE > 1 else ''}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
@@ -230,6 +233,7 @@ import torch
 
 import data
 import peft
+import quant
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -318,9 +322,6 @@ def evaluate(model, batches, device):
 # machine
 
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def sum_over_processes(first, *rest):
     """Sums tensors over the processes, in place, as one message of float32; returns the first."""
     if WORLD_SIZE > 1:
@@ -329,6 +330,83 @@ def sum_over_processes(first, *rest):
         for t, part in zip((first, *rest), flat.split([t.numel() for t in (first, *rest)])):
             t.copy_(part.view(t.shape))
     return first
+
+
+def gathered(value):
+    """What every process gives, by rank; nobody goes on before all have come here."""
+    told = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        torch.distributed.all_gather_object(told, value, PATIENT)
+    return told
+
+
+def anybody(asked, device):
+    """Whether any process is asked to end: all then end after the same step."""
+    return asked if WORLD_SIZE == 1 else bool(sum_over_processes(torch.tensor(float(asked), device=device)))
+
+
+def agree(values):
+    """Every process must do the same work. values: {what: value}"""
+    for rank, other in enumerate(told := gathered(values)):
+        for name, value in told[0].items():
+            if other[name] != value:
+                raise ValueError(f"process {rank} has {name} {other[name]!r}, process 0 has {value!r}; start all with the same")
+
+
+@contextmanager
+def processes(device):
+    """Joins the other processes, where torchrun has started several. One that is lost ends the others: at once where its connection
+    breaks, after a minute where it only falls silent."""
+    global PATIENT
+    try:
+        if WORLD_SIZE > 1:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=1))
+            PATIENT = torch.distributed.new_group(timeout=timedelta(minutes=30), backend="gloo")     # where one works and the others wait
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise ValueError(f"another process has ended or does not answer ({str(error).splitlines()[0]}); torchrun's report names its rank; "
+                         "the last saved state is intact, --resume goes on from it") from None
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def check_processes(config):
+    """Refuses what several processes, or one, cannot do."""
+    if config.batch_size % WORLD_SIZE:
+        below = config.batch_size // WORLD_SIZE * WORLD_SIZE
+        raise ValueError(f"batch_size is {config.batch_size}, which {WORLD_SIZE} processes cannot share equally; --batch_size {below or WORLD_SIZE} can be, or start another number")
+    if not config.fsdp:
+        return
+    if WORLD_SIZE == 1:
+        raise ValueError("fsdp divides the base among processes, but there is one; start it as torchrun --nproc_per_node=2 train.py .., or with --fsdp false")
+    training = {"full", "top", "bitfit"} & set(peft.method_names(config.method))
+    if training:
+        raise ValueError(f"fsdp divides a frozen base, but {training.pop()} trains it; lora, adapter, prefix, prompt and ia3 can, or several processes without --fsdp")
+    for name in ("compile", "offload"):
+        if getattr(config, name):
+            raise ValueError(f"fsdp and {name} do not go together; leave one of them out")
+
+
+def shard(model, device):
+    """FSDP2: a block's tensors lie divided among the processes, in storage, and come together as bytes while the block computes.
+
+    What is trained is attached afterwards, and stays whole everywhere like embedding, norm and head: optimizer, saving and
+    sum_over_processes do not notice. The model comes on the CPU and goes to the device a block at a time.
+    """
+    from torch.distributed.fsdp import fully_shard
+    mesh = torch.distributed.init_device_mesh(device.type, (WORLD_SIZE,))
+    blocks, model.blocks = model.blocks, torch.nn.ModuleList()
+    model.to(device)
+    whole, model.blocks = set(model.parameters()), blocks
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, quant.QuantLinear):
+                module.make_parameters()
+        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, ignored_params=whole)          # holds nothing; fetches a block while the one before it computes
 
 
 def pick_device(name):
@@ -342,6 +420,8 @@ def pick_device(name):
         raise ValueError(f"device is {name!r}, but there are {torch.cuda.device_count()} GPUs here; --device cpu runs without")
     if device.type == "cuda" and WORLD_SIZE > 1:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"process {RANK} is number {device.index + 1} here, where there are {torch.cuda.device_count()} GPUs; start one a GPU")
     return device
 
 
@@ -405,7 +485,8 @@ class Interrupt:
     def handle(self, number, frame):
         self.asked = True
         signal.signal(number, signal.SIG_DFL)
-        print("\nsaving after this step; once more to stop at once", file=sys.stderr)
+        if RANK == 0:
+            print("\nsaving after this step; once more to stop at once", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
@@ -419,7 +500,7 @@ PRETRAIN = Config(method="full", base="new", data="plain", out_dir=BASE, max_ite
 
 def default_base():
     """Path of the small base, pretrained by this same code the first time that it is needed."""
-    if not Path(BASE, "config.json").is_file():
+    if not gathered(Path(BASE, "config.json").is_file())[0]:
         say(f"no --base given: a small one is pretrained once on the embedded text into {BASE}, about three minutes on 2 cores")
         half_done = Path(BASE, "state.pt").is_file()
         train(dataclasses.replace(PRETRAIN, resume=BASE if half_done else ""))
@@ -484,11 +565,17 @@ def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
     return [tokenizer.decode([t for t in ids[len(prompt):] if t != tokenizer.eos]) for ids, prompt in zip(out, prompts)]
 
 
-def snapshot(model, optimizer, batches, config, progress, fingerprints):
+def generators():
+    """The state of every process's random generators: {"cpu": [by rank], "cuda": [by rank]}."""
+    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
+    states = gathered(own)
+    return {kind: [state[kind] for state in states] for kind in own}
+
+
+def snapshot(model, optimizer, batches, config, progress, fingerprints, rng):
     """Everything that the next step depends on."""
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"config": dataclasses.asdict(config), "tensors": peft.adapter_state_dict(model), "optimizer": optimizer.state_dict(),
-            "rng": {"cpu": torch.get_rng_state()} | cuda, "data": batches.state_dict(), "progress": dict(progress), "fingerprints": fingerprints}
+            "rng": rng, "data": batches.state_dict(), "progress": dict(progress), "fingerprints": fingerprints}
 
 
 def newest_state(folder):
@@ -506,13 +593,13 @@ def restore(path, model, optimizer, batches, config, progress, fingerprints):
     """The inverse of snapshot; whatever does not fit is refused before anything is changed."""
     state = newest_state(path)
     missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
-    if missing or "cpu" not in state.get("rng", {}):
+    if missing or type(state["rng"].get("cpu")) is not list:
         raise ValueError(f"{path}: lacks {', '.join(sorted(missing)) or 'the state of the random generator'}; it cannot be resumed")
     for what, value in fingerprints.items():
         if state["fingerprints"].get(what) != value:
             raise ValueError(f"{path}: the {what} has changed since that run (its fingerprint differs)")
     for name, value in dataclasses.asdict(config).items():
-        if name not in MAY_CHANGE and state["config"].get(name) != value:
+        if name not in (*MAY_CHANGE, "out_dir") and state["config"].get(name) != value:      # a folder may have moved
             raise ValueError(f"{path}: {name} was {state['config'].get(name)!r} when the state was saved; config.toml says {value!r}")
     own, new = optimizer.state_dict(), state["optimizer"]
     shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
@@ -522,10 +609,13 @@ def restore(path, model, optimizer, batches, config, progress, fingerprints):
     peft.load_state(model, state["tensors"])
     optimizer.load_state_dict(new)
     batches.load_state_dict(state["data"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if torch.cuda.is_initialized() and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
     progress.update(state["progress"])
+    if RANK >= len(state["rng"]["cpu"]):                         # more processes than before
+        torch.manual_seed(state["config"]["seed"] + RANK + 10**6 * progress["step"])
+        return
+    torch.set_rng_state(state["rng"]["cpu"][RANK])
+    if torch.cuda.is_initialized() and "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"][RANK])
 
 
 class Log:
@@ -534,7 +624,8 @@ class Log:
     def __init__(self, path, first_step):
         kept = []
         if first_step and path.is_file():
-            kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < first_step]
+            entries = [(line, json.loads(line)) for line in path.read_text().splitlines()]
+            kept = [line for line, entry in entries if entry["step"] + ("lr" in entry) <= first_step]      # step i and its evaluation come before i + 1
         peft.write_atomic(path, "".join(line + "\n" for line in kept).encode())
         self.path = path
 
@@ -557,12 +648,13 @@ def size(n):
 
 
 def storage_by_type(model):
-    """{'nf4': bytes, 'bfloat16': bytes, ...} of weights and buffers, quantized ones with their scales."""
+    """{'nf4': bytes, 'bfloat16': bytes, ...} of weights and buffers, quantized ones with their scales; of this process's share under fsdp."""
     found = {}
     for module in model.modules():
         scheme = getattr(module, "weight_q", None)
         own = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
         for name, tensor in own:
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
             kind = scheme.scheme if scheme is not None and name != "bias" else str(tensor.dtype).removeprefix("torch.")
             found.setdefault(kind, {})[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
     return {kind: sum(sizes.values()) for kind, sizes in found.items()}
@@ -596,7 +688,7 @@ class Task:
 
     @classmethod
     def of(cls, config, device):
-        model, tokenizer = load_base(config, device, getattr(torch, config.dtype))
+        model, tokenizer = load_base(config, torch.device("cpu") if config.fsdp else device, getattr(torch, config.dtype))
         corpus = data.load(config.data)
         context = model.config.block_size
         taken = peft.virtual_positions(config.method, dataclasses.asdict(config))
@@ -606,7 +698,11 @@ class Task:
         encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
                                       vocab_size=model.config.vocab_size) for split in ("train", "val")}
         fingerprints = {"base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-        return cls(model, tokenizer, corpus, encoded, fingerprints, sum(storage_by_type(model).values()))
+        agree(fingerprints)
+        base_bytes = sum(storage_by_type(model).values())
+        if config.fsdp:
+            shard(model, device)
+        return cls(model, tokenizer, corpus, encoded, fingerprints, base_bytes)
 
     def losses(self, config, splits=("train", "val")):
         """{"train_loss": .., "val_loss": ..}"""
@@ -625,12 +721,12 @@ def describe(config, folder, task, report):
     counts, encoded = peft.count_parameters(task.model), task.encoded["train"]
     storage = ", ".join(f"{size(n)} {kind}" for kind, n in storage_by_type(task.model).items())
     c = task.model.config
-    per_step = config.batch_size * config.gradient_accumulation_steps * WORLD_SIZE
+    per_step = config.batch_size * config.gradient_accumulation_steps
     say(f"base       {config.base}: {c.n_layer} layers x {c.n_embd}, {counts['base']:,} parameters"
         + (f", linear layers in {config.quant}" if config.quant else ""),
         *(f"method     {line}" for line in report),
         f"trained    {counts['trainable']:,} of {counts['total']:,} parameters ({counts['trainable'] / counts['total']:.2%})",
-        f"storage    {storage}; computed in {config.dtype} on {task.model.head.weight.device}",
+        f"storage    {storage}{' in each process' * config.fsdp}; computed in {config.dtype} on {task.model.head.weight.device}",
         f"data       {config.data}: {len(task.corpus.train)} / {len(task.corpus.val)} / {len(task.corpus.test)} train / val / test, "
         f"{len(encoded.sequences)} training sequences, {encoded.n_supervised / max(encoded.n_tokens, 1):.0%} of tokens supervised"
         + (f", {encoded.n_cut} cut" if encoded.n_cut else "") + (f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""),
@@ -660,28 +756,22 @@ def measured(task, config, device, optimizer, micro_batches, i):
         with memory.Tracker(task.model, optimizer) as tracker:
             yield
         found = tracker.report()["peak"]
-    shape = config.batch_size, max(t.size(1) for t, _ in micro_batches)
+    shape = micro_batches[0][0].size(0), max(t.size(1) for t, _ in micro_batches)
     expected = predict(task, config, device, shape)
     say(f"memory     step {i + 1}, {shape[0]} x {shape[1]}: measured {size(found)}, predicted {size(expected)} (ratio {found / expected:.2f}); resident {size(resident())}")
 
 
-def agree(config, fingerprints):
-    """Every process must do the same work."""
-    if WORLD_SIZE > 1:
-        told = [None] * WORLD_SIZE
-        torch.distributed.all_gather_object(told, (dataclasses.asdict(config), fingerprints))
-        for rank, other in enumerate(told):
-            if other != told[0]:
-                raise ValueError(f"process {rank} has another configuration, base or data than process 0; start all with the same")
-
-
 def train(config):
     """Runs a configuration; returns the metrics, or None after --dry_run or an interruption."""
+    check_processes(config)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_pages()
+    elif device.index is not None:
+        torch.cuda.set_device(device)
     config = dataclasses.replace(config, dtype=str(pick_dtype(config.dtype, device)).removeprefix("torch."))
-    folder = run_folder(config)
+    agree(dataclasses.asdict(config))
+    folder = Path(gathered(str(run_folder(config)))[0])          # chosen before anybody writes
     with only_writer(folder) if RANK == 0 and not config.dry_run else nullcontext():
         if not config.base:
             dry = config.dry_run and not Path(BASE, "config.json").is_file()
@@ -693,16 +783,15 @@ def train(config):
             progress |= {"before": task.losses(config, ["val"])["val_loss"], "samples": task.samples(config)}
         report = attach(task.model, task.tokenizer, config)
         describe(config, folder, task, report)
-        shape = config.batch_size, int(data.padded(max(len(ids) - 1 for ids, _ in task.encoded["train"].sequences), task.encoded["train"].block_size))
-        say(f"memory     {size(predict(task, config, device, shape))} predicted at the peak, for {shape[0]} x {shape[1]} tokens")
+        shape = config.batch_size // WORLD_SIZE, int(data.padded(max(len(ids) - 1 for ids, _ in task.encoded["train"].sequences), task.encoded["train"].block_size))
+        say(f"memory     {size(predict(task, config, device, shape))} predicted at the peak{' without fsdp' * config.fsdp}, for {shape[0]} x {shape[1]} tokens")
         task.model.checkpointing = config.checkpointing
         if config.compile and not compiled(task.model, device):
             say("compile    there is no compiler here; running without")
         if config.dry_run:
             return None
-        agree(config, task.fingerprints)
         optimizer = make_optimizer(task.model, config)
-        batches = data.Batches(task.encoded["train"], config.batch_size, config.seed, RANK, WORLD_SIZE)
+        batches = data.Batches(task.encoded["train"], config.batch_size // WORLD_SIZE, config.seed, RANK, WORLD_SIZE)
         if config.resume:
             restore(folder, task.model, optimizer, batches, config, progress, task.fingerprints)
             say(f"resumed    at step {progress['step']}")
@@ -710,22 +799,26 @@ def train(config):
             task.tokenizer.save(folder)
             peft.write_atomic(folder / "config.toml", write_toml(config).encode())
         done = loop(config, folder, device, task, optimizer, batches, progress)
-        return finish(config, folder, task, progress) if done and RANK == 0 else None
+        metrics = finish(config, folder, task, progress) if done and (RANK == 0 or config.fsdp) else None
+        gathered(None)                                           # nobody leaves before all is written
+        return metrics
 
 
 def loop(config, folder, device, task, optimizer, batches, progress):
     """Trains until max_iters (True) or until somebody asks for an end (False); saves either way."""
-    interrupt, model = Interrupt(), task.model
+    interrupt, model, ended = Interrupt(), task.model, False
     log = Log(folder / "log.jsonl", progress["step"]) if RANK == 0 else None
     torch.manual_seed(config.seed + RANK) if not progress["step"] else None      # dropout differs between processes
 
     def save():
+        rng = generators()
         if RANK == 0:
             if (folder / "state.pt").is_file():
                 (folder / "state.link").unlink(missing_ok=True)
                 os.link(folder / "state.pt", folder / "state.link")
                 os.replace(folder / "state.link", folder / "state.before.pt")
-            peft.save_file(folder / "state.pt", snapshot(model, optimizer, batches, config, progress, task.fingerprints))
+            peft.save_file(folder / "state.pt", snapshot(model, optimizer, batches, config, progress, task.fingerprints, rng))
+        gathered(None)                                           # a large state takes longer to write than a step may last
 
     def check():
         losses = task.losses(config)
@@ -739,13 +832,13 @@ def loop(config, folder, device, task, optimizer, batches, progress):
 
     saving, taken = (lambda: offload(model)) if config.offload else nullcontext, 0
     model.train()
-    while progress["step"] < config.max_iters and not interrupt.asked:
+    while progress["step"] < config.max_iters and not (ended := anybody(interrupt.asked, device)):
         start, i = time.perf_counter(), progress["step"]
         lr = learning_rate(config, i)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
         micro_batches = [tuple(t.to(device) for t in next(batches)) for _ in range(config.gradient_accumulation_steps)]
-        watched = RANK == 0 and not config.compile and (not taken or i + 1 == config.max_iters)
+        watched = RANK == 0 and not config.compile and not config.fsdp and (not taken or i + 1 == config.max_iters)
         with measured(task, config, device, optimizer, micro_batches, i) if watched else nullcontext():
             loss, norm = (float(t) for t in step(model, optimizer, micro_batches, config.grad_clip, config.label_smoothing, saving=saving))
         taken += 1
@@ -762,10 +855,10 @@ def loop(config, folder, device, task, optimizer, batches, progress):
             check()
         elif config.save_interval and (i + 1) % config.save_interval == 0:
             save()
-    if interrupt.asked:
+    if ended:
         save()
         say(f"interrupted after step {progress['step']}; python train.py --resume {folder} goes on")
-    return not interrupt.asked
+    return not ended
 
 
 def skip_or_stop(folder, progress, loss, norm, micro_batches):
@@ -777,7 +870,9 @@ def skip_or_stop(folder, progress, loss, norm, micro_batches):
     progress["skipped_in_a_row"] += 1
     say(f"step {progress['step']}: loss {loss}, gradient norm {norm}: skipped")
     if progress["skipped_in_a_row"] == 10:
-        peft.save_file(folder / "bad_batch.pt", {"step": progress["step"], "batches": [list(pair) for pair in micro_batches]})
+        all_batches = [pair for own in gathered([[t.cpu() for t in pair] for pair in micro_batches]) for pair in own]
+        if RANK == 0:
+            peft.save_file(folder / "bad_batch.pt", {"step": progress["step"], "batches": all_batches})
         raise ValueError(f"ten steps in a row had no finite loss or gradient; the last batch is in {folder / 'bad_batch.pt'}, the last good state in state.pt")
 
 
@@ -788,6 +883,8 @@ def finish(config, folder, task, progress):
         import hub
         hub.save_base(task.model, folder)
     after = task.samples(config)
+    if RANK:
+        return None                                              # under fsdp: it was needed for the samples
     text = "\n".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n" for (prompt, old), (_, new) in zip(progress["samples"], after))
     peft.write_atomic(folder / "samples.txt", text.encode())
     metrics = {"method": config.method, "seed": config.seed, "trainable": peft.count_parameters(task.model)["trainable"],
@@ -803,19 +900,15 @@ def finish(config, folder, task, progress):
 
 
 def main(config):
-    if WORLD_SIZE > 1:
-        torch.distributed.init_process_group("nccl" if pick_device(config.device).type == "cuda" else "gloo")
     try:
-        train(config)
+        with processes(pick_device(config.device)):
+            train(config)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        raise ValueError(f"out of memory at batch_size {config.batch_size}; try --batch_size {max(config.batch_size // 2, 1)} "
-                         f"--gradient_accumulation_steps {config.gradient_accumulation_steps * 2}"
-                         + ("" if config.batch_size > 1 else " --checkpointing") + "; the last saved state is intact") from None
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        less = max(config.batch_size // WORLD_SIZE // 2, 1) * WORLD_SIZE
+        raise ValueError(f"out of memory at batch_size {config.batch_size}; try --batch_size {less} --gradient_accumulation_steps {config.gradient_accumulation_steps * 2}"
+                         + ("" if config.batch_size > WORLD_SIZE else " --checkpointing") + "; the last saved state is intact") from None
 
 
 if __name__ == "__main__":
