@@ -14,6 +14,7 @@ either way, which keeps the same tensors as the GPU's (the `meta` device would t
 """
 
 import argparse
+import functools
 import json
 import sys
 import weakref
@@ -241,23 +242,26 @@ def largest(fits, limit=2**20):
     return low
 
 
+@functools.cache
+def peak(config, method, batch, seq, *more):
+    """simulate's peak, bytes. more: (name, value) of its other arguments."""
+    return simulate(config, method, batch, seq, **dict(more))["peak"]
+
+
 def max_batch(config, memory, method="lora", seq=512, grow="batch", batch=1, **kwargs):
     """The largest batch (grow "seq": the longest sequence) whose step's peak is at most `memory` bytes; 0 if not even 1 fits."""
     config = preset(config) if isinstance(config, str) else config
     options = {k: v for k, v in kwargs.items() if k in peft.DEFAULTS}
     if grow == "seq":
         limit = config.block_size - peft.virtual_positions(method, options)
-        return largest(lambda n: simulate(config, method, batch, n, **kwargs)["peak"] <= memory, limit)
-    one, two = (simulate(config, method, n, seq, **kwargs)["peak"] for n in (1, 2))
-    guess = int((memory - one) / max(two - one, 1)) + 1          # the peak is all but affine in the batch
-    known = {1: one <= memory, 2: two <= memory}
+        return largest(lambda n: peak(config, method, batch, n, *kwargs.items()) <= memory, limit)
 
     def fits(n):
-        if n not in known:
-            known[n] = simulate(config, method, n, seq, **kwargs)["peak"] <= memory
-        return known[n]
-    if one > memory:
+        return peak(config, method, n, seq, *kwargs.items()) <= memory
+    if not fits(1):
         return 0
+    one, two = (peak(config, method, n, seq, *kwargs.items()) for n in (1, 2))
+    guess = int((memory - one) / max(two - one, 1)) + 1          # the peak is all but affine in the batch
     low = max(guess, 1)
     while not fits(low):
         low = max(low - max(low // 50, 1), 1)
@@ -351,9 +355,8 @@ def table():
     rows = [["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]]
     for name in ("gpt2-medium", "gpt2-xl", "llama-7b", "llama-65b"):
         for method in ("full", "adapter", "prefix", "lora", "qlora"):
-            peak = simulate(name, method, 1, 512)["peak"]
-            batches = [max_batch(name, n * 10**9, method, 512) if peak <= n * 10**9 else 0 for n in (16, 24, 80)]
-            rows.append([name, method, gb(peak), *(str(b) if b else "-" for b in batches)])
+            batches = [max_batch(name, n * 10**9, method, 512) for n in (16, 24, 80)]
+            rows.append([name, method, gb(peak(PRESETS[name], method, 1, 512)), *(str(b) if b else "-" for b in batches)])
     rows.insert(1, ["---"] * len(rows[0]))
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
