@@ -262,6 +262,8 @@ def spread(values):
 
 def bench_step(job, args):
     sides = {"nanopeft": lambda: ours(job)}
+    for other in args.than.split(",") if args.than else ():
+        sides[f"nanopeft, {other}"] = lambda other=other: ours(job | {"method": other, "quant": "nf4" if other == "qlora" else args.quant})
     if args.peer:
         sides |= {"peft + bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
     results = alternate(sides, args.rounds)
@@ -401,6 +403,7 @@ def parse(args):
     parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--base", default="", help="a folder with a checkpoint, or a preset, or llama-124m; default gpt2, for loss llama-124m")
     parser.add_argument("--method", default="qlora")
+    parser.add_argument("--than", default="", help="step: other methods of ours, joined by commas, to measure in the same run")
     parser.add_argument("--quant", default="", help="the base in storage; qlora: nf4")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)

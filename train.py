@@ -17,6 +17,7 @@ import dataclasses
 import difflib
 import fcntl
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -397,6 +398,8 @@ def shard(model, device):
     sum_over_processes do not notice. The model comes on the CPU and goes to the device a block at a time.
     """
     from torch.distributed.fsdp import fully_shard
+    if "ignored_params" not in inspect.signature(fully_shard).parameters:
+        raise ValueError(f"fsdp needs torch 2.7 or newer, this is {torch.__version__}; several processes without --fsdp need none")
     mesh = torch.distributed.init_device_mesh(device.type, (WORLD_SIZE,))
     blocks, model.blocks = model.blocks, torch.nn.ModuleList()
     model.to(device)

@@ -109,6 +109,12 @@ def test_checkpointing_and_accumulation_do_what_they_are_for():
     assert peak(checkpointing=True) < 0.7 * peak() and abs(peak(accumulation=4) / peak() - 1) < 0.02
 
 
+def test_qlora_keeps_no_more_activations_than_lora():
+    kept = [{part: n for part, n in simulate("gpt2", method, 4, 512, device="cpu")["parts"].items() if part in ("attention", "ffn", "norms", "residuals", "embedding")}
+            for method in ("lora", "qlora")]
+    assert 0 < sum(kept[1].values()) <= 1.05 * sum(kept[0].values()), kept
+
+
 def test_a_65b_model_on_a_laptop():
     code = ("import time, resource, memory; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; "
             "print(time.time() - t, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, n)")

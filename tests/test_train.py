@@ -161,3 +161,29 @@ def test_schedule(schedule, middle):
     assert learning_rate(config, 0) == pytest.approx(1 / 11) and learning_rate(config, 10) == 1.0
     assert learning_rate(config, 60) == pytest.approx(middle)
     assert learning_rate(config, 110) == pytest.approx(1.0 if schedule == "constant" else 0.1)
+
+
+# -----------------------------------------------------------------------------
+# whole runs
+
+
+def test_a_real_base_learns_real_data(script, real_data, tmp_path):
+    done = script("train.py", "--method", "qlora", "--rank", 8, "--base", real_data / "stories260k", "--data", real_data / "e2e", "--out_dir", "run",
+                  "--max_iters", 40, "--eval_interval", 40, "--eval_batches", 4, "--sample_count", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["val_loss"] < 0.5 * metrics["loss_before"] and metrics["steps"] == 40 and metrics["trainable"] > 0
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "adapter.pt", "config.toml", "log.jsonl", "metrics.json", "samples.txt", "state.pt", "tokenizer.model"}
+    assert all(words in done.stdout for words in ("linear layers in nf4", "wrapped 35 of 35 linear layers", "predicted at the peak", "before:", "after:", "python sample.py run"))
+    assert "Aromi" in script("sample.py", "run", "--prompt", "name[Aromi], eatType[pub]", "--max_new_tokens", 5, cwd=tmp_path).stdout
+
+
+def test_dry_run_writes_nothing(script, real_data, tmp_path):
+    done = script("train.py", "--dry_run", "--base", real_data / "stories260k", "--data", real_data / "e2e", cwd=tmp_path)
+    assert done.returncode == 0 and "trained " in done.stdout and "predicted at the peak" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_holds_a_run_is_never_written_over(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("")
+    assert "run: holds a run already; --resume run goes on with it" in refused("train.py", "--out_dir", "run", cwd=tmp_path)

@@ -1,0 +1,65 @@
+"""
+SIGKILL at random moments of a run that saves at every step; after each one the run must go on from a whole state.
+
+    python tests/kill_drill.py 200 SEED --base base --data data.jsonl ...      # flags of train.py; prints the step of each resumed state
+
+A child is forked after the imports, so that a kill costs a fraction of a second. Nothing may be lost but the steps since the last save:
+the state on disk is never older than the last step that the child has reported.
+"""
+
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import memory  # noqa: F401 (before the fork)
+import hub  # noqa: F401
+import peft
+import train
+
+
+def child(args):
+    """(pid, file of its output) of a training process of its own."""
+    read, write = os.pipe()
+    if pid := os.fork():
+        os.close(write)
+        return pid, os.fdopen(read)
+    os.dup2(write, 1)
+    train.run_main(train.main, train.command_line(args))
+    os._exit(0)
+
+
+def drill(kills, seed, flags, folder=Path("drill")):
+    rng, steps = random.Random(seed), []
+    for _ in range(kills):
+        resume = (folder / "state.pt").exists()
+        pid, output = child(["--resume", str(folder)] if resume else [*flags, "--out_dir", str(folder), "--max_iters", "1000000", "--save_interval", "1",
+                                                                     "--eval_interval", "7", "--log_interval", "1"])
+        reported = 0
+        deadline = None
+        for line in output:                                      # from the first step on it saves all the time
+            if match := re.match(r"step +(\d+)/", line):
+                reported = int(match[1])
+                deadline = deadline or time.monotonic() + rng.random() * 0.15
+                if time.monotonic() >= deadline:
+                    break
+        if not reported:
+            raise SystemExit("the run ended by itself")
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        reported = max([reported, *(int(match[1]) for line in output if (match := re.match(r"step +(\d+)/", line)))])
+        output.close()
+        step = peft.read_file(folder / "state.pt")["progress"]["step"]       # whole, whatever the moment
+        if not reported - 1 <= step <= reported + 1:             # a step is reported before it is saved
+            raise SystemExit(f"step {reported} was reported, but the state is of step {step}")
+        steps.append(step)
+    return steps
+
+
+if __name__ == "__main__":
+    print(json.dumps(drill(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])))
