@@ -325,6 +325,7 @@ DIGITS = {"BLEU": (100, 1), "NIST": (1, 2), "METEOR": (100, 1), "ROUGE-L": (100,
 
 
 TRAINING = {"loss_before": (1, 3), "val_loss": (1, 3), "seconds": (1, 0), "peak_bytes": (1e-6, 0), "adapter_bytes": (1e-3, 0)}
+NOT_COMPARED = ("seed", "out_dir", "resume", "device", "fsdp")
 NAMES = {"loss_before": "loss before", "val_loss": "loss after", "peak_bytes": "peak, MB", "adapter_bytes": "adapter, kB"}
 
 
@@ -333,14 +334,11 @@ def training_row(folder):
     import train
     try:
         row = json.loads(Path(folder, "metrics.json").read_text())
-        settings = train.read_toml(Path(folder, "config.toml"))
+        settings = vars(train.Config(**train.read_toml(Path(folder, "config.toml"))))
         row = {name: row[name] for name in ("method", "trainable", *TRAINING)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no finished run there ({error})") from None
     return row | {"run": str(folder), "settings": json.dumps({k: v for k, v in settings.items() if k not in NOT_COMPARED}, sort_keys=True)}
-
-
-NOT_COMPARED = ("seed", "out_dir", "resume", "device")
 
 
 def table(rows, markdown=False, columns=DIGITS):
