@@ -255,19 +255,7 @@ def max_batch(config, memory, method="lora", seq=512, grow="batch", batch=1, **k
     if grow == "seq":
         limit = config.block_size - peft.virtual_positions(method, options)
         return largest(lambda n: peak(config, method, batch, n, *kwargs.items()) <= memory, limit)
-
-    def fits(n):
-        return peak(config, method, n, seq, *kwargs.items()) <= memory
-    if not fits(1):
-        return 0
-    one, two = (peak(config, method, n, seq, *kwargs.items()) for n in (1, 2))
-    guess = int((memory - one) / max(two - one, 1)) + 1          # the peak is all but affine in the batch
-    low = max(guess, 1)
-    while not fits(low):
-        low = max(low - max(low // 50, 1), 1)
-    while fits(low + 1):
-        low += 1
-    return low
+    return largest(lambda n: peak(config, method, n, seq, *kwargs.items()) <= memory)
 
 
 # -----------------------------------------------------------------------------
