@@ -372,6 +372,7 @@ def processes(device):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+            PATIENT = None                                       # joins gloo's threads: one that lets go of a tensor after Python's end aborts the process
 
 
 def check_processes(config):
