@@ -18,13 +18,14 @@ import functools
 import json
 import sys
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import model as transformer
 import peft
 import quant
 from model import GPT, PRESETS
@@ -183,6 +184,21 @@ def fake_model(config, method, dtype, scheme, block_size, double, skip, options)
     return model
 
 
+@contextmanager
+def few_chunks(device):
+    """Within it the loss goes through its first two chunks and the last, as that device divides them: the others find memory as the second did."""
+    every, device = transformer.chunks, torch.device(device)
+
+    def few(rows, V, at=None):
+        parts = every(rows, V, at and device)
+        return parts if len(parts) < 4 else (*parts[:2], parts[-1])
+    transformer.chunks = few
+    try:
+        yield
+    finally:
+        transformer.chunks = every
+
+
 def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", scheme=None, block_size=64, double=True, skip=(),
              checkpointing=False, accumulation=1, grad_clip=1.0, smoothing=0.0, offload=False, **options):
     """The peak of one training step, without the memory: {"peak", "parts", "layers"}, bytes.
@@ -196,7 +212,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
     scheme = scheme or ("nf4" if "qlora" in method.split("+") else None)
-    with FakeTensorMode(), quant.simulated(device):
+    with FakeTensorMode(), quant.simulated(device), few_chunks(device):
         model = fake_model(config, method, dtype, scheme, block_size, double, skip, options)
         model.checkpointing = checkpointing
         optimizer = train.make_optimizer(model, train.Config())

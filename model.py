@@ -237,6 +237,11 @@ class Block(nn.Module):
 # loss: the (tokens x vocabulary) float32 logits of GPT-2 at 4 x 512 would take 412 MB, their gradient as much again
 
 
+def chunks(rows, V, device=None):
+    """Rows that have V logits each, in chunks of 64 MB of float32 logits; with a device, such a chunk in parts that stay in a CPU's cache."""
+    return rows.split(max(64, 2 ** 24 // V) if device is None else max(1, 2 ** 20 // V) if device.type == "cpu" else len(rows))
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the cross-entropy of softmax(x W^T) over the rows whose target is not -1, a chunk of rows at a time.
 
@@ -258,11 +263,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         dW = torch.zeros(weight.shape, dtype=accurate, device=x.device) if need_weight else None
         W = weight.to(x.dtype)
         total = torch.zeros((), dtype=accurate, device=x.device)
-        inner = max(2 ** 20 // V, 1) if x.device.type == "cpu" else len(rows)      # rows whose logits stay in a CPU's cache
-        for r in rows.split(max(64, 2 ** 24 // V)):      # 64 MB of float32 logits
+        for r in chunks(rows, V):
             xr = x[r]
             z = xr @ W.t()
-            for part, s in zip(z.split(inner), r.split(inner)):
+            for part, s in zip(chunks(z, V, x.device), chunks(r, V, x.device)):
                 t, kept = targets[s].clamp(min=0).unsqueeze(1), keep[s].unsqueeze(1).to(accurate)
                 p = part.to(accurate, copy=True)
                 top, at_target = p.amax(-1, keepdim=True), p.gather(1, t)

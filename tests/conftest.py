@@ -1,14 +1,15 @@
-"""What the tests share: real data, the interpreter that has the peers, and a run of a script as a user starts it."""
+"""What the tests share: real data, the interpreter that has the peers, and a script's run."""
 
 import os
-import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+from forks import OURS, PEERS, ROOT, Forks
+
 torch.set_num_threads(2)
 
 
@@ -22,11 +23,9 @@ def real_data():
 
 @pytest.fixture(scope="session")
 def script():
-    """script("train.py", "--rank", 8, cwd=...) -> CompletedProcess, started as a user starts it."""
-    def run(name, *args, cwd=ROOT, timeout=120, **env):
-        return subprocess.run([sys.executable, str(ROOT / name), *map(str, args)], cwd=cwd, timeout=timeout, capture_output=True,
-                              text=True, env=os.environ | {"OMP_NUM_THREADS": "2"} | env)
-    return run
+    """script("train.py", "--rank", 8, cwd=...) -> CompletedProcess of that file run as __main__ in a process of its own."""
+    with closing(Forks([sys.executable], OURS, ROOT)) as forks:
+        yield lambda name, *args, cwd=ROOT, timeout=120, limit=(), **env: forks.run([ROOT / name, *args], cwd, os.environ | env, timeout, limit)
 
 
 @pytest.fixture
@@ -41,17 +40,19 @@ def refused(script):
 
 
 @pytest.fixture(scope="session")
-def peer():
+def peer(tmp_path_factory):
     """peer(code, *args) -> what the code prints, run by the interpreter of the peers, where our peft.py cannot shadow theirs."""
     if "NANOPEFT_PEERS" not in os.environ:
         pytest.skip("NANOPEFT_PEERS does not name a Python with requirements-peers.txt")
 
     def run(code, *args, timeout=240):
-        done = subprocess.run([os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", code, *map(str, args)], cwd="/", timeout=timeout, capture_output=True,
-                              text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"})
+        (folder / "code.py").write_text(code)
+        done = forks.run([folder / "code.py", *args], "/", os.environ, timeout)
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
-    return run
+    folder = tmp_path_factory.mktemp("peer")
+    with closing(Forks([os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore"], PEERS, "/")) as forks:
+        yield run
 
 
 FAMILIES = {

@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import memory  # noqa: F401 (before the fork)
+import torch._dynamo  # noqa: F401 (this and the next, before the fork)
+import memory  # noqa: F401
 import hub  # noqa: F401
 import peft
 import train

@@ -12,7 +12,6 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -35,7 +34,7 @@ SHORT = ["--max_iters", 4, "--batch_size", 4, "--eval_interval", 2, "--eval_batc
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, script):
     """A tiny base, data, and a finished run."""
     folder = tmp_path_factory.mktemp("world")
     lines = [{"prompt": f"item {i}", "completion": f"text {i % 7} of {i}"} for i in range(40)]
@@ -45,7 +44,7 @@ def world(tmp_path_factory):
     (folder / "base").mkdir()
     hub.save_base(GPT(tiny("gpt2", vocab_size=tokenizer.vocab_size)), folder / "base")
     tokenizer.save(folder / "base")
-    done = subprocess.run([sys.executable, ROOT / "train.py", "--base", "base", "--data", "data.jsonl", "--out_dir", "run", *map(str, SHORT)], cwd=folder, capture_output=True, text=True)
+    done = script("train.py", "--base", "base", "--data", "data.jsonl", "--out_dir", "run", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -139,30 +138,19 @@ def test_05_two_hundred_kills(here):
     assert drill(here, 200, 1)[-1] >= 200
 
 
-def limited(limit, value):
-    def set_limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)            # then a write beyond it is an error, as on a full disk
-        resource.setrlimit(limit, (value, value))
-    return set_limit
-
-
-def full_disk(here, n, *args):
-    return subprocess.run([sys.executable, ROOT / "train.py", *map(str, args)], cwd=here, capture_output=True, text=True, preexec_fn=limited(resource.RLIMIT_FSIZE, n))
-
-
-def test_06_disk_full(here):
+def test_06_disk_full(here, script):
     before = tree(here / "run")
-    done = full_disk(here, 10_000, *RESUME[1:])                      # adapter.pt and state.pt are larger
+    done = script(*RESUME, cwd=here, limit=("RLIMIT_FSIZE", 10_000))     # adapter.pt and state.pt are larger
     assert done.returncode == 2 and "cannot be written: File too large" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     after = tree(here / "run")
     assert all(after[name] == before[name] for name in before if name.suffix == ".pt" and name.name != "state.before.pt") and not [p for p in after if p.suffix == ".tmp"]
 
 
 @pytest.mark.slow
-def test_06_disk_full_at_every_write(here):
+def test_06_disk_full_at_every_write(here, script):
     for n in range(0, 60_000, 1500):
         before = tree(here / "run")
-        done = full_disk(here, n, "--resume", "run", "--max_iters", 8)
+        done = script("train.py", "--resume", "run", "--max_iters", 8, cwd=here, limit=("RLIMIT_FSIZE", n))
         after = tree(here / "run")
         assert not [p for p in after if p.suffix == ".tmp"] and peft.read_file(here / "run" / "state.pt") and peft.read_adapter(here / "run" / "adapter.pt")
         assert done.returncode in (0, 2) and len(before) <= len(after)
@@ -362,10 +350,8 @@ def test_36_a_gpu_that_is_not_there(refuse):
     assert "device is 'cuda', but there are 0 GPUs here" in refuse(*TRAIN, "--device", "cuda")
 
 
-def test_37_out_of_memory(here):
-    limit = limited(resource.RLIMIT_AS, 3 * 2**30)
-    done = subprocess.run([sys.executable, ROOT / "train.py", *map(str, TRAIN[1:]), "--batch_size", "60000"], cwd=here, capture_output=True, text=True, preexec_fn=limit,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+def test_37_out_of_memory(here, script):
+    done = script(*TRAIN, "--batch_size", "60000", cwd=here, limit=("RLIMIT_AS", 3 * 2**30))
     assert done.returncode == 2 and "out of memory at batch_size 60000; try --batch_size 30000 --gradient_accumulation_steps 2" in done.stderr, (done.stdout, done.stderr)
 
 

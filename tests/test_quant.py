@@ -575,13 +575,13 @@ def test_the_demonstration(script):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")        # of torch itself, by its own compiler
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-def test_compiled_as_one_graph():
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")])])
+def test_compiled_as_one_graph(backend):
     """With dropout the gradient is checked against differences of losses drawn with one seed: masks of both passes agree."""
     torch.manual_seed(0)
     layer = peft.LoRA(quant.QuantLinear.from_linear(torch.nn.Linear(32, 24), "nf4", 64, True), 4, 2.0, 0.3, "cpu").train()
     layer.B.data.normal_(std=0.1)
-    compiled, x = torch.compile(layer, fullgraph=True), torch.randn(5, 32)
+    compiled, x = torch.compile(layer, fullgraph=True, backend=backend), torch.randn(5, 32)
 
     def loss(seed=3):
         torch.manual_seed(seed)
