@@ -64,6 +64,7 @@ def setting(job):
 
 
 def ours_step(job):
+    """A training step, after one to warm up."""
     import torch
     import train
     model, optimizer, batches, device = setting(job)
@@ -99,6 +100,7 @@ def matrix_rate(job, device):
 
 
 def ours_quant(job):
+    """A 4096 x 4096 matrix to NF4 and back, into memory that is kept."""
     import torch
     import quant
     import train
@@ -112,6 +114,7 @@ def ours_quant(job):
 
 
 def ours_generate(job):
+    """A batch of prompts together and one at a time, 32 tokens each."""
     import torch
     import hub
     import train
@@ -125,6 +128,7 @@ def ours_generate(job):
 
 
 def ours_load(job):
+    """A checkpoint read, and quantized on the way."""
     import torch
     import hub
     import peft
@@ -137,6 +141,7 @@ def ours_load(job):
 
 
 def load_peft_tensors(model, folder):
+    """Sets the adapter to the one in a folder of PEFT's."""
     import hub
     import peft
     _, _, tensors = hub.from_peft(folder, model.config)
@@ -211,16 +216,19 @@ print(json.dumps(result))
 
 
 def peer(job, allocator=False):
+    """The peers' side of a job, in their interpreter."""
     if "NANOPEFT_PEERS" not in os.environ:
         raise ValueError("--peer needs NANOPEFT_PEERS: a Python with requirements-peers.txt")
     return run([os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", PEER, json.dumps(job)], ALLOCATOR if allocator else {}, "/")
 
 
 def ours(job):
+    """Our side of a job, in a process of its own."""
     return run([sys.executable, str(Path(__file__).resolve()), "worker", json.dumps(job)], {}, ".")
 
 
 def run(command, environment, folder):
+    """What a side prints in its last line."""
     done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
     if done.returncode:
         raise ValueError(f"a side of the benchmark failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
@@ -257,10 +265,12 @@ def alternate(sides, rounds):
 
 
 def spread(values):
+    """Of the values: median, least, most."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 def bench_step(job, args):
+    """A training step of each side: tokens a second, resident peak, share of the rate of one large product."""
     sides = {"nanopeft": lambda: ours(job)}
     for other in args.than.split(",") if args.than else ():
         sides[f"nanopeft, {other}"] = lambda other=other: ours(job | {"method": other, "quant": "nf4" if other == "qlora" else args.quant})
@@ -338,6 +348,7 @@ def bench_loss(job, args):
 
 
 def bench_quant(job, args):
+    """Milliseconds to quantize and dequantize."""
     sides = {"nanopeft": lambda: ours(job)}
     if args.peer:
         sides |= {"bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
@@ -349,6 +360,7 @@ def bench_quant(job, args):
 
 
 def bench_generate(job, args):
+    """Prompts in a batch against one at a time."""
     result = ours(job)
     a, b = statistics.median(result["together"]), result["alone"][0]
     print(f"{job['batch']} prompts, 32 tokens each: {a:.2f} s together, {b:.2f} s one at a time, {b / a:.1f} times as fast")
@@ -356,6 +368,7 @@ def bench_generate(job, args):
 
 
 def bench_load(job, args):
+    """Seconds and bytes to read a checkpoint into storage."""
     result = ours(job)
     print(f"{result['parameters']:,} parameters, {job['quant'] or job['dtype']}: {result['seconds'][0]:.2f} s, {result['held'] / 1e6:.1f} MB held, {result['peak'] / 1e6:.1f} MB at the peak")
     return result
@@ -384,6 +397,7 @@ def bench_grow(job, args):
 
 
 def ours_grow(job):
+    """A step's seconds, and its bytes as memory.Tracker counts them."""
     import memory
     import train
     result = ours_step(job | {"steps": 2})

@@ -38,12 +38,16 @@ import torch
 
 @dataclass
 class Example:
+    """A prompt and the texts that answer it."""
+
     prompt: str                  # a meaning representation, an instruction, or nothing
     references: list[str]        # different texts for it
 
 
 @dataclass
 class Data:
+    """Examples in three splits, by what load was asked for."""
+
     train: list[Example]
     val: list[Example]
     test: list[Example]
@@ -689,6 +693,8 @@ def _special(inner, folder, config, role, usual):
 
 @dataclass
 class Encoded:
+    """A split as sequences of token ids, and what was left out of it."""
+
     sequences: list              # of (ids, n_prompt)
     block_size: int              # none is longer, nor are batches of them
     n_cut: int = 0               # sequences that lost their end to block_size
@@ -814,6 +820,7 @@ class Batches:
         return float(1 - lengths.sum() / (padded(lengths.max(1), self.block_size).sum() * lengths.shape[1]))
 
     def state_dict(self):
+        """The position: the next batch, and what it depends on."""
         return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
 
     def load_state_dict(self, state):

@@ -57,6 +57,7 @@ def tokenize_ptb(text):
 
 
 def ngrams(words, n):
+    """How often each n-gram comes, by tuples of words."""
     return Counter(zip(*(words[i:] for i in range(n))))
 
 

@@ -59,6 +59,7 @@ HARMLESS = set("""_name_or_path architectures attn_pdrop embd_pdrop resid_pdrop 
 
 
 def read_json(path):
+    """The object in a JSON file; ValueError for whatever else it may be."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -182,6 +183,7 @@ def short_name(name, config):
 
 
 def long_name(name, config):
+    """A tensor's name in their whole checkpoint, from its name in the transformer."""
     return name if name.startswith("lm_head") else PREFIX[family_of(config)] + name
 
 
@@ -433,11 +435,13 @@ def to_peft(content, config):
 
 
 def virtual_config(kind, n, config):
+    """adapter_config.json of n virtual tokens: a prompt's or a prefix's."""
     return ALWAYS | {"peft_type": kind, "num_virtual_tokens": n, "token_dim": config.n_embd, "num_layers": config.n_layer, "num_transformer_submodules": 1,
                      "num_attention_heads": config.kv_heads if kind == "PREFIX_TUNING" and config.kv_heads == config.n_head else config.n_head}
 
 
 def ia3_to_peft(t, config, layers, gpt2):
+    """(tensors, configuration) of (IA)3; GPT-2's fused c_attn gets ones for the queries."""
     c_attn = "attn.c_attn" if gpt2 else None
     names = {"k": c_attn or "self_attn.k_proj", "v": c_attn or "self_attn.v_proj", "down": "mlp.c_proj" if gpt2 else "mlp.down_proj"}
     tensors = {}
@@ -452,10 +456,12 @@ def ia3_to_peft(t, config, layers, gpt2):
 
 
 def scale_of(options):
+    """s of LoRA's options."""
     return options["alpha"] / (math.sqrt(options["rank"]) if options["rslora"] else options["rank"])
 
 
 def lora_to_peft(methods, options, t, config, layers, gpt2):
+    """(tensors, configuration) of LoRA, BitFit or both; what is apart here and fused there becomes one LoRA of the ranks' sum."""
     tensors, ranks, sizes = {}, {}, {}
     s = scale_of(options) if "lora" in methods else 1.0
     linears = their_linears(config)
@@ -531,6 +537,7 @@ def from_peft(folder, config):
 
 
 def ia3_from_peft(modules, config, file, gpt2):
+    """(IA)3's vectors under our names, from {module: {layer: {suffix: tensor}}}."""
     k, v, down = ("attn.c_attn", "attn.c_attn", "mlp.c_proj") if gpt2 else ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
     peft.check(modules.keys() == {k, v, down}, f"{file}: (IA)3 on {', '.join(sorted(modules))}; only {', '.join(sorted({k, v, down}))} can be read")
     tensors = {}

@@ -84,6 +84,7 @@ class Tracker(TorchDispatchMode):
             self.add(t, ("temporaries", ""))
 
     def add(self, tensor, place):
+        """Counts a tensor's storage, once, as made at that (part, layer)."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.known or not (n := storage.nbytes()):
@@ -95,6 +96,7 @@ class Tracker(TorchDispatchMode):
         weakref.finalize(storage, self.drop, key, serial, n).atexit = False
 
     def drop(self, key, serial, n):
+        """A storage has lost its last reference."""
         self.events.append((serial, -n))
         if self.known.get(key) == serial:
             del self.known[key]
@@ -107,6 +109,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def where(self):
+        """(part, layer) of what is being computed."""
         if self.stack:
             return self.stack[-1]
         return "temporaries", ""                                 # the backward pass, the optimizer, the batch
@@ -240,6 +243,7 @@ def elsewhere(model):
 
 
 def check_shape(config, method, batch, seq, options):
+    """ValueError unless a batch of that shape can go through the model."""
     for name, value in (("batch", batch), ("seq", seq)):
         peft.check(value >= 1, f"{name} is {value}; it must be at least 1")
     context = config.block_size - peft.virtual_positions(method, options)
@@ -281,6 +285,7 @@ UNITS = {"": 1, "B": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "M
 
 
 def preset(name):
+    """The GPTConfig of that name; ValueError with the nearest names."""
     if name not in PRESETS:
         import difflib
         raise ValueError(f"unknown model {name!r}; the nearest are {', '.join(difflib.get_close_matches(name, PRESETS, 3, 0.0))}")
@@ -311,6 +316,7 @@ def load_config(name):
 
 
 def gb(n):
+    """Bytes for people, in GB or MB."""
     return f"{n / 1e9:,.2f} GB" if n >= 1e7 else f"{n / 1e6:,.2f} MB"
 
 
@@ -321,6 +327,7 @@ def align(rows):
 
 
 def slide():
+    """The lecture's table beside the formula's and the simulation's."""
     ours, exact = estimate(PRESETS["opt-1.3b"]), simulate("opt-1.3b", "full", 1, 512)
     rows = [["OPT-1.3B, 16-bit, sequence 512", "lecture", "formula"]]
     rows += [[name, f"{LECTURE[name]:.2f} GB", gb(n)] for name, n in ours.items()]
@@ -336,6 +343,7 @@ This project trains in float32 with the products in bfloat16 (weights, gradients
 
 
 def describe(report):
+    """A report of simulate as lines."""
     rows = [[name, gb(n), f"{n / report['peak']:.1%}"] for name, n in report["parts"].items()]
     return align(rows + [["peak", gb(report["peak"]), "100.0%"]])
 
@@ -345,6 +353,7 @@ BERT = [("bert-base", 64, 64), ("bert-base", 128, 32), ("bert-base", 256, 16), (
 
 
 def bert(memory):
+    """The lecture's table of BERT's batches beside ours on that much memory, bytes."""
     rows = [["system", "seq", "lecture", "ours"]]
     rows += [[name, str(seq), str(batch), str(max_batch(name, memory, "full", seq, dtype=torch.float32))] for name, seq, batch in BERT]
     return align(rows) + f"""

@@ -60,14 +60,17 @@ class GPTConfig:
 
     @property
     def d_head(self):
+        """Width of a head."""
         return self.head_dim or self.n_embd // max(self.n_head, 1)
 
     @property
     def kv_heads(self):
+        """Heads of keys and values: fewer than n_head in grouped-query attention."""
         return self.n_kv_head or self.n_head
 
     @property
     def d_ffn(self):
+        """Width of the FFN's inside."""
         return self.n_ffn or 4 * self.n_embd
 
 

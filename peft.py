@@ -458,6 +458,7 @@ def merge(model, requantize=False, tokens=None):
 
 
 def logits_of(model, tokens):
+    """float32 logits (B, T, V) of tokens (B, T), without dropout."""
     mode = model.training
     with torch.no_grad():
         logits = model.eval()(tokens)[0].float()
@@ -495,6 +496,7 @@ def unmerge(model):
 
 
 def is_merged(model):
+    """Whether merge has put the methods into the base's weights."""
     return hasattr(model, "merged")
 
 
@@ -757,13 +759,16 @@ def innermost(module):
 
 
 def device_of(model):
+    """Where the model lies."""
     return model.head.weight.device
 
 
 def check(condition, message):
+    """ValueError(message) unless condition."""
     if not condition:
         raise ValueError(message)
 
 
 def some(names, n=3):
+    """The first n names for a message."""
     return ", ".join(sorted(names)[:n]) + (", .." if len(names) > n else "")

@@ -147,6 +147,7 @@ def codebooks(files):
 
 
 def save(picture, path):
+    """Writes a figure as .png, .svg or .pdf, and prints where."""
     if Path(path).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"{path}: a picture is .png, .svg or .pdf")
     picture.savefig(path, dpi=160)

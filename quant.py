@@ -326,14 +326,17 @@ class QuantizedTensor:
 
     @property
     def double(self):
+        """Whether the scales are quantized too."""
         return self.absmax2 is not None
 
     @property
     def block(self):
+        """Weights that share a scale."""
         return _block(self.shape, self.block_size)
 
     @property
     def nbytes(self):
+        """Bytes of everything that is stored."""
         return sum(t.numel() * t.element_size() for t in self.tensors().values())
 
     @property
@@ -342,9 +345,11 @@ class QuantizedTensor:
 
     @property
     def meta(self):
+        """(shape, scheme, block_size, dtype): what is not a tensor."""
         return self.shape, self.scheme, self.block_size, self.dtype
 
     def numel(self):
+        """Number of weights, not of bytes."""
         return math.prod(self.shape)
 
     def tensors(self):
@@ -353,6 +358,7 @@ class QuantizedTensor:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def to(self, device):
+        """The same on another device."""
         return QuantizedTensor(*self.meta, *(t.to(device) for t in self.tensors().values()))
 
     def scales(self):
@@ -561,10 +567,12 @@ class QuantLinear(nn.Module):
 
     @classmethod
     def from_linear(cls, linear, scheme, block_size=64, double=False, name="weight", compute_dtype=None):
+        """An nn.Linear in storage; name is told where its weight is refused."""
         return cls(quantize(linear.weight, scheme, block_size, double, name), linear.bias, compute_dtype)
 
     @property
     def weight_q(self):
+        """The weight, (out, in), as a QuantizedTensor on the layer's own memory."""
         return QuantizedTensor(*self.meta, *(getattr(self, name) for name in self.names))
 
     def make_parameters(self):
@@ -575,6 +583,7 @@ class QuantLinear(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def dequantize(self, dtype=None):
+        """The weight, (out, in), in dtype."""
         return self.weight_q.dequantize(dtype)
 
     def forward(self, x):

@@ -39,6 +39,8 @@ from pathlib import Path
 
 @dataclass
 class Config:
+    """Every flag, with its default and its help."""
+
     # what is trained on what
     method: str = "lora"              # lora qlora adapter prefix prompt ia3 bitfit top full, several joined by +
     base: str = ""                    # folder in Hugging Face layout; none: a small one, pretrained once into out/base
@@ -160,6 +162,7 @@ def read_toml(path):
 
 
 def write_toml(config):
+    """The text of a config.toml that read_toml reads back."""
     lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f") for name, value in dataclasses.asdict(config).items())
     return "\n".join(lines) + "\n"
 
@@ -227,7 +230,7 @@ def run_main(main, *args):
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
     if {"-h", "--help"} & set(sys.argv[1:]):
-        sys.exit(print(help_text()))
+        sys.exit(run_main(lambda: print(help_text(), flush=True)))
     CONFIG = run_main(command_line, sys.argv[1:])
 
 import torch
@@ -242,6 +245,7 @@ from model import GPT, GPTConfig
 
 
 def numbers_are_finite(loss, norm):
+    """Whether a step may be taken."""
     return math.isfinite(loss) and math.isfinite(norm)
 
 
@@ -414,6 +418,7 @@ def shard(model, device):
 
 
 def pick_device(name):
+    """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; of this process's GPU under torchrun. ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -634,11 +639,13 @@ class Log:
         self.path = path
 
     def write(self, **line):
+        """Adds a line of JSON."""
         with open(self.path, "a") as file:
             file.write(json.dumps(line) + "\n")
 
 
 def say(*lines):
+    """Prints lines, in the first process alone."""
     if RANK == 0:
         print(*lines, sep="\n", flush=True)
 
@@ -692,6 +699,7 @@ class Task:
 
     @classmethod
     def of(cls, config, device):
+        """Reads, checks and encodes all that the configuration names."""
         model, tokenizer = load_base(config, torch.device("cpu") if config.fsdp else device, getattr(torch, config.dtype))
         corpus = data.load(config.data)
         context = model.config.block_size
