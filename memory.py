@@ -250,15 +250,24 @@ def check_shape(config, method, batch, seq, options):
     peft.check(seq <= context, f"seq is {seq}; the model's context leaves {context}")
 
 
-def largest(fits, limit=2**20):
-    """The largest n in 1 .. limit with fits(n), which is true up to some n and false beyond; 0 if there is none."""
+def largest(need, memory, limit=2**20):
+    """The largest n in 1 .. limit with need(n) <= memory, where need never falls; 0 if there is none.
+
+    A bracket by doubling, then, because need is nearly a line, by turns the point where a line would cross, and the middle.
+    """
     low, high = 0, 1
-    while high <= limit and fits(high):
+    while high <= limit and need(high) <= memory:
         low, high = high, high * 2
-    high = min(high, limit + 1)
+    if high > limit:
+        if need(limit) <= memory:
+            return limit
+        high = limit
+    by_line = True
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        share = (memory - need(low)) / max(need(high) - need(low), 1) if by_line and low else 0.5
+        n = min(max(low + int((high - low) * share), low + 1), high - 1)
+        low, high = (n, high) if need(n) <= memory else (low, n)
+        by_line = not by_line
     return low
 
 
@@ -274,8 +283,8 @@ def max_batch(config, memory, method="lora", seq=512, grow="batch", batch=1, **k
     options = {k: v for k, v in kwargs.items() if k in peft.DEFAULTS}
     if grow == "seq":
         limit = config.block_size - peft.virtual_positions(method, options)
-        return largest(lambda n: peak(config, method, batch, n, *kwargs.items()) <= memory, limit)
-    return largest(lambda n: peak(config, method, n, seq, *kwargs.items()) <= memory)
+        return largest(lambda n: peak(config, method, batch, n, *kwargs.items()), memory, limit)
+    return largest(lambda n: peak(config, method, n, seq, *kwargs.items()), memory)
 
 
 # -----------------------------------------------------------------------------
@@ -364,14 +373,13 @@ held back what it had once taken: the numbers should differ, and the more so the
 
 
 def table():
-    """The README's: models by methods, the peak at sequence 512 and batch 1, and the largest batches."""
-    rows = [["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]]
+    """The README's, a line at a time: models by methods, the peak at sequence 512 and batch 1, and the largest batches."""
+    yield "| model | method | peak at 1 x 512 | batch on 16 GB | 24 GB | 80 GB |"
+    yield "|---|---|---|---|---|---|"
     for name in ("gpt2-medium", "gpt2-xl", "llama-7b", "llama-65b"):
         for method in ("full", "adapter", "prefix", "lora", "qlora"):
             batches = [max_batch(name, n * 10**9, method, 512) for n in (16, 24, 80)]
-            rows.append([name, method, gb(peak(PRESETS[name], method, 1, 512)), *(str(b) if b else "-" for b in batches)])
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+            yield f"| {name} | {method} | {gb(peak(PRESETS[name], method, 1, 512))} | {' | '.join(str(b) if b else '-' for b in batches)} |"
 
 
 def parse(args):
@@ -411,7 +419,8 @@ def fitting(config, method, memory, args, settings):
 
 def main(args):
     if args.slide or args.bert or args.table:
-        print(slide() if args.slide else bert(parse_size(args.fit or "12GB")) if args.bert else table())
+        for line in [slide()] if args.slide else [bert(parse_size(args.fit or "12GB"))] if args.bert else table():
+            print(line, flush=True)
         return
     config, memory = load_config(args.model), parse_size(args.fit) if args.fit else None
     settings = {name: getattr(args, name) for name in (*peft.DEFAULTS, "device", "checkpointing", "accumulation", "offload") if name != "prompt_ids"}

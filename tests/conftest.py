@@ -5,10 +5,12 @@ import sys
 from contextlib import closing
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch's import: threads that wait do not take a core from those that work
 
-from forks import OURS, PEERS, ROOT, Forks
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from forks import OURS, PEERS, ROOT, Forks  # noqa: E402
 
 torch.set_num_threads(2)
 

@@ -223,8 +223,11 @@ def test_17_newer_format(refuse, here):
 
 
 def test_18_resume_past_the_end(here, script):
+    before = tree(here / "run")
     done = script("train.py", "--resume", "run", cwd=here)
-    assert done.returncode == 0 and "resumed    at step 4" in done.stdout and "step     5" not in done.stdout
+    assert done.returncode == 0 and "resumed    at step 4" in done.stdout
+    after = tree(here / "run")
+    assert all(after[Path(name)] == before[Path(name)] for name in ("adapter.pt", "state.pt", "log.jsonl"))
 
 
 def test_19_data_changed(refuse, here):
@@ -377,7 +380,7 @@ def test_38_a_second_interrupt_ends_at_once():
     process.communicate()
 
 
-@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"),
+@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be above 0"),
                                           ("--rank 0", "rank is 0; it must be at least 1"), ("--method nothing", "unknown method 'nothing'")])
 def test_39_nothing_to_train(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())
