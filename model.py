@@ -261,6 +261,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         keep = targets >= 0
         if x.device.type == "cpu" and type(targets) is torch.Tensor and not torch.compiler.is_compiling():
             rows = keep.nonzero().squeeze(1)             # masked prompts cost nothing; elsewhere the sync costs more
+            rows = torch.cat((rows, (~keep).nonzero().squeeze(1)[:-len(rows) % 64]))       # oneDNN makes and keeps a kernel for every number of rows
         accurate = torch.promote_types(x.dtype, torch.float32)
         dx = torch.zeros_like(x) if need_x else None
         dW = torch.zeros(weight.shape, dtype=accurate, device=x.device) if need_weight else None
