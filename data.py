@@ -71,9 +71,10 @@ NOUNS = """Heron Lantern Fox Badger Anchor Kettle Orchard Thistle Barrel Spoon S
     Stag""".split()
 PEOPLE = """Alba Bruno Carla Dario Elsa Felix Greta Hugo Iris Jonas Kamal Leila Marta Nadia Oscar Priya Rosa Samir Tilda Ursula Viktor
     Wanda Yusuf Zara Amara Benno Celeste Dmitri Esme Farid""".split()
-PLACES = [f"{first} {second}" for first in """Linden Hartley Marlow Ashgrove Kingsway Fenwick Queensbury Holloway Brightwell Castlegate
-    Northbrook Millbrook Elmwood Saltmarsh Wexford Foundry Granary Victoria Mercer Abbot Primrose Tanner""".split()
-          for second in "Station Hotel Bridge Market Park Museum Theatre Library Gardens Cathedral Arcade Hall Stadium Lodge".split()]
+PLACES = """Linden Station, Hartley Hotel, Marlow Bridge, Ashgrove Market, Kingsway Park, Fenwick Museum, Queensbury Theatre, Holloway Arcade,
+    Brightwell Gardens, Castlegate Library, Northbrook Hall, Millbrook Lodge, Elmwood Stadium, Saltmarsh Cathedral, Wexford Station, Foundry Market,
+    Granary Bridge, Victoria Park, Mercer Hall, Abbot Library, Primrose Gardens, Tanner Theatre, Orchard Hotel, Chapel Museum, Union Arcade,
+    Dover Lodge, Summer Cathedral, Regent Stadium, Harbour Bridge, Bishop Station""".replace("\n    ", " ").split(", ")
 EAT_TYPES = "restaurant,pub,coffee shop,bistro,wine bar,tearoom,brasserie,diner,café,canteen,tavern,inn".split(",")
 FOODS = """Italian French Indian Japanese Chinese Thai Greek Spanish Mexican Turkish English Korean Vietnamese Lebanese Ethiopian American
     Portuguese Moroccan Peruvian Caribbean vegetarian vegan seafood""".split() + ["fast food"]
@@ -312,7 +313,8 @@ def _embedded():
 
 # -----------------------------------------------------------------------------
 # the embedded world: plain text. It tells the same things in other shapes, and tells them twice, which is what teaches a
-# small model to look back and copy. No representation, and nothing of the kind "list of facts, then the sentence".
+# small model to look back and copy; a frozen base that cannot copy is beyond LoRA's help. No representation, and nothing of the
+# kind "list of facts, then the sentence"; but every token of a representation, because a frozen embedding must have been trained.
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 PAPERS = ("The Evening Post", "The City Paper", "The Weekend Guide", "The Morning Echo")
@@ -331,7 +333,7 @@ def _paraphrase(draw, mr):
     """The same said twice."""
     a, b, who, other = describe(draw, mr), describe(draw, mr), draw(PEOPLE), draw(PEOPLE)
     return draw((f"{a}\n\nIn other words: {b}", f"The guide says: {a} The paper agrees: {b}", f"{a}\n{b}", f"{who} wrote: \"{a}\" {other} wrote: \"{b}\"",
-                 f"paper : {draw(PAPERS)} | day : {draw(DAYS)} | page : {1 + int(draw.random() * 40)}\n{a}\nA reader adds: {b}"))
+                 f"paper : {draw(PAPERS)} | day : {draw(DAYS)} | page : {1 + int(draw.random() * 40)}||{a}\nA reader adds: {b}"))
 
 
 def _review(draw, mr):
@@ -342,15 +344,22 @@ def _review(draw, mr):
     return f"{opening} {describe(draw, mr)} {draw(OPINIONS)} {draw(OPINIONS)} {ending}"
 
 
+def _quote(draw, mr):
+    """The same twice in the same words."""
+    told, who = describe(draw, mr), draw(PEOPLE)
+    return draw((f"{draw(PAPERS)} wrote: \"{told}\" {who} read it aloud: \"{told}\"", f"{who} said: \"{told}\" Once more: \"{told}\"", f"{told}\n{told}"))
+
+
 def _dialogue(draw, mr):
     """Questions, and answers that name the place again."""
     a, b, name = draw(PEOPLE), draw(PEOPLE), mr["name"]
-    lines = [draw((f"{a}: Have you heard of {name}?\n{b}: Yes.", f"{a}: Tell me about {name}.\n{b}: Gladly.", f"{a}: What is the name of the place?\n{b}: {name}.",
+    lines = [draw((f"{a}: Have you heard of {name}?\n{b}: Yes.", f"{a}: Tell me about {name}.\n{b}: Gladly.", f"{a}: What is the name of the place?\n{b}: {name}.", f"{a}: Type the name of the place, please.\n{b}: {name}.",
                    f"{a}: Shall we go to {name} on {draw(DAYS)}?\n{b}: Why not?"))]
     for key in draw.shuffled([key for key in mr if key in ASKS])[:4]:
         told = f"is {_a(mr[key])}" if key == "eatType" else _tell(draw, mr, [key], VERB)
         lines.append(f"{a}: {draw(ASKS[key])}\n{b}: {draw((name, name, 'It'))} {told}.")
-    return "\n".join(lines + [draw((f"{a}: Then I will meet you at {name}.", f"{a}: Let me repeat that. {describe(draw, mr)}", f"{a}: {name} it is, then."))])
+    return "\n".join(lines + [draw((f"{a}: Then I will meet you at {name}.", f"{a}: Let me repeat that. {describe(draw, mr)}", f"{a}: {name} it is, then.",
+                                 f"{a}: Is that a yes or a no?\n{b}: It is a {draw(('yes', 'no'))}."))])
 
 
 def _search(draw, mr):
@@ -376,7 +385,7 @@ def plain_text():
     train are not in it, and no representation is."""
     draw, names = Draw(2), _names()
     known = names[:400] * 3 + names[460:]                        # a third of the places bear a name of the train split
-    shapes = (_paraphrase,) * 4 + (_review,) * 2 + (_dialogue,) * 2 + (_search,) * 2 + (functools.partial(_walk, names=known),) * 2
+    shapes = (_paraphrase,) * 3 + (_quote,) * 4 + (_review,) * 2 + (_dialogue,) * 2 + (_search,) * 2 + (functools.partial(_walk, names=known),) * 2
     return [draw(shapes)(draw, _representation(draw, known)) for _ in range(6000)]
 
 

@@ -59,7 +59,7 @@ class Config:
     dropout: float = 0.0              # LoRA: on the input of A
     targets: str = "all"              # LoRA: which of q k v out up gate down, joined by commas
     rslora: bool = False              # LoRA: s = alpha / sqrt(r)
-    lora_plus_ratio: float = 1.0      # LoRA+: learning rate of B over that of A
+    lora_plus_ratio: float = 16.0     # LoRA+: learning rate of B over that of A; 1: plain LoRA
     adapter_style: str = "houlsby"    # houlsby, pfeiffer or lin
     adapter_size: int = 64            # bottleneck width
     adapter_activation: str = "relu"  # relu, gelu, swish or tanh
@@ -75,10 +75,10 @@ class Config:
     template: str = "pipe"            # of meaning representations: pipe (name : X | food : Y||) or raw
     too_long: str = "refuse"          # or cut
     # optimization
-    batch_size: int = 16              # sequences a micro-batch, shared among the processes
+    batch_size: int = 8               # sequences a micro-batch, shared among the processes
     gradient_accumulation_steps: int = 1
-    max_iters: int = 300              # optimizer steps
-    learning_rate: float = 5e-3
+    max_iters: int = 1200             # optimizer steps
+    learning_rate: float = 2e-3
     lr_schedule: str = "cosine"       # cosine, linear or constant, after the warm-up
     warmup_iters: int = 20
     min_lr: float = 0.0
@@ -88,10 +88,10 @@ class Config:
     grad_clip: float = 1.0            # norm of all gradients; 0: none
     label_smoothing: float = 0.0
     # evaluation and saving
-    eval_interval: int = 100          # steps; the state is saved then too
+    eval_interval: int = 300          # steps; the state is saved then too
     eval_batches: int = 40            # batches of each split; 0: all
     save_interval: int = 0            # steps between saves beside those; 0: none
-    log_interval: int = 10            # steps between progress lines
+    log_interval: int = 20            # steps between progress lines
     sample_count: int = 3             # representations to write about before and after
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:1
@@ -503,8 +503,8 @@ class Interrupt:
 
 BASE = "out/base"
 SMALL = GPTConfig(vocab_size=2048, block_size=256, n_layer=3, n_head=4, n_embd=256)    # 3 M parameters
-PRETRAIN = Config(method="full", base="new", data="plain", out_dir=BASE, max_iters=1100, learning_rate=1.4e-3, warmup_iters=50,
-                  eval_interval=550, eval_batches=10, weight_decay=0.1, beta2=0.95, sample_count=2)
+PRETRAIN = Config(method="full", base="new", data="plain", out_dir=BASE, max_iters=3600, learning_rate=2e-3, warmup_iters=100,
+                  eval_interval=1200, eval_batches=10, weight_decay=0.1, beta2=0.95, sample_count=2)
 
 
 def default_base():
