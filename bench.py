@@ -52,7 +52,7 @@ def setting(job):
     device = train.pick_device(job["device"])
     if device.type == "cpu":
         train.keep_pages()
-    config = train.Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, weight_decay=0.01)
+    config = train.Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
     torch.manual_seed(0)
     model = hub.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, device=device)
     peft.apply(model, config.method, rank=config.rank)

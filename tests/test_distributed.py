@@ -240,7 +240,7 @@ def test_the_small_base_is_pretrained_once_by_all(world, two):
 
 
 @pytest.mark.parametrize("n, flags, words", [
-    (3, [], "batch_size is 16, which 3 processes cannot share equally; --batch_size 15 can be"), (32, [], "--batch_size 32 can be"),
+    (3, [], "batch_size is 8, which 3 processes cannot share equally; --batch_size 6 can be"), (32, [], "--batch_size 32 can be"),
     (1, ["--fsdp"], "but there is one; start it as torchrun --nproc_per_node=2"),
     (2, ["--fsdp", "--method", "lora+bitfit"], "but bitfit trains it"), (2, ["--fsdp", "--method", "full"], "but full trains it"),
     (2, ["--fsdp", "--compile"], "fsdp and compile do not go together"), (2, ["--fsdp", "--offload"], "fsdp and offload do not go together")])
