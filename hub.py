@@ -322,6 +322,7 @@ def load_base(path, dtype=torch.float32, scheme=None, block_size=64, double=True
         raise ValueError(f"{path}: " + "; ".join(f"{len(found)} tensors {what}: {peft.some(found)}" for found, what in ((missing, "missing"), (extra, "not known")) if found))
     if head is not None and not torch.equal(head.to(dtype), model.embed.tokens.weight.cpu()):
         raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
+    quant.forget()
     if config.tied:
         model.head.weight = model.embed.tokens.weight
     if config.position == "rope":

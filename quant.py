@@ -107,6 +107,11 @@ def kept():
     return [*_tables.values(), *_local.__dict__.values()]
 
 
+def forget():
+    """Lets go of this thread's buffers, of which quantizing takes more than training; the next call makes its own anew."""
+    _local.__dict__.clear()
+
+
 def _table(make, scheme, device):
     """make(scheme) on device, made once; traced code gets it as a constant."""
     if torch.compiler.is_compiling():
@@ -619,6 +624,7 @@ def quantize_model(model, scheme, block_size=64, double=False, skip=(), targets=
         parent, _, leaf = name.rpartition(".")
         parent = model.get_submodule(parent)
         setattr(parent, leaf, QuantLinear.from_linear(getattr(parent, leaf), scheme, block_size, double, name + ".weight"))
+    forget()
     return len(chosen), total
 
 
