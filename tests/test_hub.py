@@ -101,14 +101,14 @@ def test_quantized_while_read(tmp_path):
 
 
 PEAK = """
-import sys, resource; sys.path.insert(0, sys.argv[1])
+import sys; sys.path.insert(0, sys.argv[1])
 import torch, hub, train
 train.keep_pages()
 hub.read_config(sys.argv[2])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = train.peak()
 model = hub.load_base(sys.argv[2], torch.bfloat16, "nf4")
 stored = sum(v for v in train.storage_by_type(model).values())
-print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, stored)
+print(before, train.peak(), stored)
 """
 
 
