@@ -123,7 +123,7 @@ def test_accumulation_gives_what_one_batch_gives(sizes):
     results = []
     for parts in ((8,), sizes):
         model = lora_model()
-        optimizer = train.make_optimizer(model, Config(lora_plus_ratio=1.0))
+        optimizer = train.make_optimizer(model, Config(learning_rate=5e-3, lora_plus_ratio=1.0))
         for _ in range(3):
             loss, norm = step(model, optimizer, list(zip(tokens.split(parts), targets.split(parts))), 1.0)
         results.append((loss, norm, *peft.adapter_state_dict(model).values()))
