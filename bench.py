@@ -51,7 +51,7 @@ def setting(job):
     import train
     device = train.pick_device(job["device"])
     if device.type == "cpu":
-        train.keep_pages()
+        train.tune_memory()
     config = train.Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
     torch.manual_seed(0)
     model = hub.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, device=device)
@@ -106,7 +106,7 @@ def ours_quant(job):
     import train
     device = train.pick_device(job["device"])
     if device.type == "cpu":
-        train.keep_pages()
+        train.tune_memory()
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     W = torch.randn(4096, 4096, device=device)
     q, out = quant.quantize(W, "nf4", 64), torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)

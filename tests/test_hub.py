@@ -103,7 +103,7 @@ def test_quantized_while_read(tmp_path):
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, hub, train
-train.keep_pages()
+train.tune_memory()
 hub.read_config(sys.argv[2])
 before = train.peak()
 model = hub.load_base(sys.argv[2], torch.bfloat16, "nf4")
