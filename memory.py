@@ -188,18 +188,19 @@ def fake_model(config, method, dtype, scheme, block_size, double, skip, options)
 
 
 @contextmanager
-def few_chunks(device):
-    """Within it the loss goes through its first two chunks and the last, as that device divides them: the others find memory as the second did."""
-    every, device = transformer.chunks, torch.device(device)
+def simulated(device):
+    """Within it the model takes that device's path. Of its chunks the first two and the last: the others find memory as the second did."""
+    every, own, device = transformer.chunks, transformer.CausalAttention.DEVICES, torch.device(device)
 
     def few(rows, V, at=None):
         parts = every(rows, V, at and device)
         return parts if len(parts) < 4 else (*parts[:2], parts[-1])
-    transformer.chunks = few
+    transformer.chunks, transformer.CausalAttention.DEVICES = few, own & {device.type}
     try:
-        yield
+        with quant.simulated(device.type):
+            yield
     finally:
-        transformer.chunks = every
+        transformer.chunks, transformer.CausalAttention.DEVICES = every, own
 
 
 def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", scheme=None, block_size=64, double=True, skip=(),
@@ -215,7 +216,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
     scheme = scheme or ("nf4" if "qlora" in method.split("+") else None)
-    with FakeTensorMode(), quant.simulated(device), few_chunks(device):
+    with FakeTensorMode(), simulated(device):
         model = fake_model(config, method, dtype, scheme, block_size, double, skip, options)
         model.checkpointing = checkpointing
         optimizer = train.make_optimizer(model, train.Config())

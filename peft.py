@@ -220,15 +220,9 @@ def prompt_tuning_attention(self, x, rope, mask, cache):
     if cache is not None:
         k, v = cache.append(k, v)
     s_k, s_v = (self.heads(s.unsqueeze(0)).expand(len(x), -1, -1, -1) for s in (s_k, s_v))     # (B, heads, n, head_dim)
-    y = self.attend(q, torch.cat((s_k, k), 2), torch.cat((s_v, v), 2), mask_with_prefix(mask, x, s_k.size(2)))
+    mask = None if mask is None else F.pad(mask, (s_k.size(2), 0), value=True)                   # all see the prefix
+    y = self.attend(q, torch.cat((s_k, k), 2), torch.cat((s_v, v), 2), mask)
     return self.out(y.transpose(1, 2).flatten(2))
-
-
-def mask_with_prefix(mask, x, n):
-    """Everybody sees the prefix: n columns of True before the mask's own, which are causal where it is None."""
-    if mask is None:
-        return torch.ones(x.size(1), n + x.size(1), dtype=torch.bool, device=x.device).tril(n)
-    return F.pad(mask, (n, 0), value=True)
 
 
 def add_prefix(model, prefix_length=16, prefix_style="before", prefix_tied=False, prefix_mlp=0):

@@ -108,6 +108,23 @@ def test_rms_norm():
     assert sum(kept.values()) == 8 * (3 * 5 * 8 + 8 + 3 * 5)     # x, w and a number a row
 
 
+@pytest.mark.parametrize("B, H, K, T, S", [(2, 4, 4, 128, 128), (2, 6, 2, 300, 300), (1, 3, 1, 129, 150), (3, 2, 2, 1, 7), (2, 2, 1, 257, 257)])
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_attention_in_parts(B, H, K, T, S, dtype, bound, monkeypatch):
+    """Heads that share keys, parts of queries and of heads, keys before the queries' own: against the softmax written out in float64."""
+    monkeypatch.setattr(model_file, "chunks", lambda rows, *_: rows.split(3))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(B, t, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for t, h in ((T, H), (S, K), (S, K)))
+    g = torch.randn(B, H, T, 8, dtype=dtype)
+    y = model_file.CausalAttention.apply(q, k, v)
+    double = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    Q, (K_, V_) = double[0], (t.repeat_interleave(H // K, 1) for t in double[1:])
+    seen = torch.arange(S) <= torch.arange(S - T, S).unsqueeze(1)
+    expected = (Q @ K_.mT / math.sqrt(8)).masked_fill(~seen, -math.inf).softmax(-1) @ V_
+    for ours, theirs in zip((y, *torch.autograd.grad(y, (q, k, v), g)), (expected, *torch.autograd.grad(expected, double, g.double()))):
+        assert ours.dtype == dtype and (ours - theirs).norm() <= bound * theirs.norm()
+
+
 def test_loss_in_several_chunks(monkeypatch):
     torch.manual_seed(0)
     x, W, targets = torch.randn(300, 8, requires_grad=True), torch.randn(2**18, 8), torch.randint(2**18, (300,))
