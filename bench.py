@@ -54,7 +54,7 @@ def setting(job):
         train.tune_memory()
     config = train.Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
     torch.manual_seed(0)
-    model = hub.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, device=device)
+    model = hub.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, double=job["double"], device=device)
     peft.apply(model, config.method, rank=config.rank)
     model.checkpointing = job.get("checkpointing", False)
     g = torch.Generator().manual_seed(1)
@@ -173,7 +173,7 @@ else:
     dtype = getattr(torch, job["dtype"])
     kwargs = {}
     if job["quant"]:
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=dtype)
     model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, attn_implementation="sdpa", **kwargs)
     model.config.use_cache = False
     gpt2 = model.config.model_type == "gpt2"
@@ -419,6 +419,7 @@ def parse(args):
     parser.add_argument("--method", default="qlora")
     parser.add_argument("--than", default="", help="step: other methods of ours, joined by commas, to measure in the same run")
     parser.add_argument("--quant", default="", help="the base in storage; qlora: nf4")
+    parser.add_argument("--single", action="store_true", help="the base's scales in float32, not quantized again")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
@@ -444,7 +445,7 @@ def main(args):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
     job = {k: getattr(args, k) for k in ("what", "method", "rank", "batch", "seq", "dtype", "steps", "device", "compile", "checkpointing")}
-    job |= {"quant": args.quant or ("nf4" if args.method == "qlora" else ""), "name": args.base or ("llama-124m" if args.what == "loss" else "gpt2")}
+    job |= {"double": not args.single, "quant": args.quant or ("nf4" if args.method == "qlora" else ""), "name": args.base or ("llama-124m" if args.what == "loss" else "gpt2")}
     with tempfile.TemporaryDirectory() as folder:
         job["folder"] = folder
         job["base"] = "" if args.what == "quant" else base_folder(job["name"], Path(folder))
