@@ -9,8 +9,8 @@ Where the bytes go, before the run and without the GPU.
     python memory.py --table                                              # the README's
 
 The simulation runs the very step that train.py runs, on fake tensors that have shapes and no storage, and counts live storage
-at every operation. On the device "cuda" sizes are rounded as its caching allocator does; the attention is the CPU's flash kernel
-either way, which keeps the same tensors as the GPU's (the `meta` device would take the unfused path instead).
+at every operation. On the device "cuda" sizes are rounded as its caching allocator does, and the attention is torch's flash kernel
+for a CPU, which keeps the same tensors as the GPU's (the `meta` device would take the unfused path instead).
 """
 
 import argparse
