@@ -1,5 +1,6 @@
 """
-SIGKILL at random moments of a run that saves at every step; after each one the run must go on from a whole state.
+SIGKILL at random moments of a run that saves at every step, every third time in the middle of writing a file; after each one the run
+must go on from a whole state.
 
     python tests/kill_drill.py 200 SEED --base base --data data.jsonl ...      # flags of train.py; prints the step of each resumed state
 
@@ -24,23 +25,44 @@ import peft
 import train
 
 
-def child(args):
-    """(pid, file of its output) of a training process of its own."""
+def torn(n):
+    """Makes peft's nth file with tensors, from now, end half written, and the process with it."""
+    def opened(path, mode="r", **options):
+        nonlocal n
+        file = open(path, mode, **options)
+        n -= "w" in mode and ".pt" in Path(path).name
+        if "w" in mode and not n:
+            write = file.write
+
+            def half(part):
+                write(part[:len(part) // 2])
+                file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            file.write = half
+        return file
+    peft.open = opened
+
+
+def child(args, n):
+    """(pid, file of its output) of a training process of its own; n: see torn, 0: whole."""
     read, write = os.pipe()
     if pid := os.fork():
         os.close(write)
         return pid, os.fdopen(read)
     os.dup2(write, 1)
+    if n:
+        torn(n)
     train.run_main(train.main, train.command_line(args))
     os._exit(0)
 
 
 def drill(kills, seed, flags, folder=Path("drill")):
     rng, steps = random.Random(seed), []
-    for _ in range(kills):
+    for k in range(kills):
         resume = (folder / "state.pt").exists()
         pid, output = child(["--resume", str(folder)] if resume else [*flags, "--out_dir", str(folder), "--max_iters", "1000000", "--save_interval", "1",
-                                                                     "--eval_interval", "7", "--log_interval", "1"])
+                                                                     "--eval_interval", "7", "--log_interval", "1"],
+                            rng.randrange(1, 5) if resume and k % 3 == 0 else 0)
         reported = 0
         deadline = None
         for line in output:                                      # from the first step on it saves all the time
