@@ -62,7 +62,7 @@ def drill(kills, seed, flags, folder=Path("drill")):
         resume = (folder / "state.pt").exists()
         pid, output = child(["--resume", str(folder)] if resume else [*flags, "--out_dir", str(folder), "--max_iters", "1000000", "--save_interval", "1",
                                                                      "--eval_interval", "7", "--log_interval", "1"],
-                            rng.randrange(1, 5) if resume and k % 3 == 0 else 0)
+                            rng.randrange(3, 6) if resume and k % 3 == 0 else 0)
         reported = 0
         deadline = None
         for line in output:                                      # from the first step on it saves all the time
