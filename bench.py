@@ -412,6 +412,7 @@ def ours_grow(job):
 
 
 def parse(args):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "load", "grow", "worker"))
     parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
@@ -437,6 +438,7 @@ def parse(args):
 
 
 def main(args):
+    """Measures, prints a table, and as the last line JSON."""
     if args.what == "worker":
         job = json.loads(args.job)
         print(json.dumps(globals()[f"ours_{'step' if job['what'] == 'loss' else job['what']}"](job)))

@@ -932,6 +932,7 @@ def _unpack(raw, origin, names):
 
 
 def main(args):
+    """The command line: shows the embedded data, or fetches E2E."""
     parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("download", help="fetch, check and unpack a data set")

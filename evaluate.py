@@ -363,6 +363,7 @@ def table(rows, markdown=False, columns=DIGITS):
 
 
 def parse(args):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders: runs of train.py, or models in Hugging Face layout")
     parser.add_argument("--data", default="", help="whose test split; default: the run's own")
@@ -383,6 +384,7 @@ def parse(args):
 
 
 def main(args):
+    """Scores runs, or files of predictions, and prints them."""
     if args.predictions or args.references:
         if not (args.predictions and args.references):
             raise ValueError("--predictions and --references belong together")

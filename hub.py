@@ -740,6 +740,7 @@ def show(run):
 
 
 def main(args):
+    """Runs the command; ValueError where a folder does not hold what it should."""
     if args.command == "show":
         print(*show(args.run), sep="\n")
     elif args.command == "export":
@@ -754,6 +755,7 @@ def main(args):
 
 
 def parse(args):
+    """The command line: a command and its folders."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, arguments in (("show", ["run"]), ("export", ["run", "folder"]), ("import", ["folder", "run"]), ("merge", ["run", "folder"])):

@@ -384,6 +384,7 @@ def table():
 
 
 def parse(args):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="gpt2", help="a preset, or a folder with config.json")
     parser.add_argument("--method", default="full,lora,qlora", help="as for train.py; several, joined by commas, are compared")
@@ -419,6 +420,7 @@ def fitting(config, method, memory, args, settings):
 
 
 def main(args):
+    """Prints what was asked for, and draws it with --plot."""
     if args.slide or args.bert or args.table:
         for line in [slide()] if args.slide else [bert(parse_size(args.fit or "12GB"))] if args.bert else table():
             print(line, flush=True)

@@ -174,6 +174,11 @@ def rotate(x, rope):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def chunks(rows, n, device=None):
+    """rows, that take n numbers each, in chunks of 64 MB of float32, multiples of 64 rows; with a device, in parts that stay in a CPU's cache."""
+    return rows.split(max(64, 2 ** 24 // n // 64 * 64) if device is None else max(1, 2 ** 20 // n) if device.type == "cpu" else len(rows))
+
+
 class CausalAttention(torch.autograd.Function):
     """
     S = Q K^T / sqrt(d),  P = softmax(S),  O = P V                          (Dao et al. 2022, appendix B)
@@ -185,25 +190,29 @@ class CausalAttention(torch.autograd.Function):
     ROWS, DEVICES = 128, {"cpu"}                                 # (memory.py empties the second to simulate a GPU)
 
     @staticmethod
-    def parts(q, k, *tensors):
-        """Yields (queries, keys, P, heads): two slices, P (n, G x queries, keys), and those heads of the tensors. G heads of q share one of k."""
-        (_, G, T, D), S, rows = q.shape, k.size(1), CausalAttention.ROWS
-        accurate = torch.promote_types(q.dtype, torch.float32)
-        hidden = torch.full((rows, rows), -torch.inf, dtype=accurate, device=q.device).triu_(1)
-        for q, k, *heads in zip(*(chunks(t, G * min(T, rows) * S, t.device) for t in (q, k, *tensors))):
-            q_accurate, k_accurate = q.to(accurate) * D ** -0.5, k.to(accurate)
+    def parts(*tensors):
+        """
+        tensors: q (n, G, T, d), whose G heads share one of k (n, S, d), then any (n, ..). Yields (queries, keys, P, heads): two slices,
+        P (heads, G x queries, keys), and the heads that it is of, of every tensor.
+        """
+        (_, G, T, D), S, rows = tensors[0].shape, tensors[1].size(1), CausalAttention.ROWS
+        accurate = torch.promote_types(tensors[0].dtype, torch.float32)
+        hidden = torch.full((rows, rows), -torch.inf, dtype=accurate, device=tensors[0].device).triu_(1)
+        for heads in zip(*(chunks(t, G * min(T, rows) * S, t.device) for t in tensors)):
+            q, k = heads[0].to(accurate) * D ** -0.5, heads[1].to(accurate)
             for end in range(T, 0, -rows):
                 queries, keys = slice(max(0, end - rows), end), slice(S - T + end)
-                s = q_accurate[:, :, queries].flatten(1, 2) @ k_accurate[:, keys].mT
+                s = q[:, :, queries].flatten(1, 2) @ k[:, keys].mT
                 n = end - queries.start
                 s.view(-1, G, n, s.size(-1))[..., -n:] += hidden[:n, :n]
-                yield queries, keys, s.softmax(-1).to(q.dtype), heads
+                yield queries, keys, s.softmax(-1).to(tensors[0].dtype), heads
 
     @staticmethod
     def forward(ctx, q, k, v):
         ctx.save_for_backward(q, k, v)
-        (q, k, v), y = CausalAttention.group(q, k, v), torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        for queries, keys, p, (v, o) in CausalAttention.parts(q, k, v, y.view(q.shape)):
+        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        q, k, v = CausalAttention.group(q, k, v)
+        for queries, keys, p, (_, _, v, o) in CausalAttention.parts(q, k, v, y.view(q.shape)):
             o[:, :, queries] = (p @ v[:, keys]).view_as(o[:, :, queries])
         return y
 
@@ -212,15 +221,16 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx, g):
         saved = ctx.saved_tensors
         q, k, v = CausalAttention.group(*saved)
-        g, scale = g.reshape(q.shape), q.size(-1) ** -0.5
-        dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(k, dtype=torch.promote_types(q.dtype, torch.float32)) for _ in range(2))
-        for queries, keys, p, (qh, kh, vh, gh, dqh, dkh, dvh) in CausalAttention.parts(q, k, q, k, v, g, dq, dk, dv):
-            qr, gr = qh[:, :, queries].flatten(1, 2), gh[:, :, queries].flatten(1, 2)
-            dvh[:, keys] += p.mT @ gr
-            ds = torch._softmax_backward_data(gr @ vh[:, keys].mT, p, -1, p.dtype)
-            dqh[:, :, queries] = (ds @ kh[:, keys]).mul_(scale).view_as(dqh[:, :, queries])
-            dkh[:, keys] += ds.mT @ qr
-        return tuple(d.to(q.dtype).view(t.shape) for d, t in zip((dq, dk.mul_(scale), dv), saved))
+        scale, accurate = q.size(-1) ** -0.5, torch.promote_types(q.dtype, torch.float32)
+        whole = torch.empty_like(q), torch.zeros_like(k, dtype=accurate), torch.zeros_like(v, dtype=accurate)
+        for queries, keys, p, (q, k, v, do, dq, dk, dv) in CausalAttention.parts(q, k, v, g.reshape(q.shape), *whole):
+            q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
+            dv[:, keys] += p.mT @ do
+            ds = torch._softmax_backward_data(do @ v[:, keys].mT, p, -1, p.dtype)
+            dq[:, :, queries] = (ds @ k[:, keys]).mul_(scale).view_as(dq[:, :, queries])
+            dk[:, keys] += ds.mT @ q
+        whole[1].mul_(scale)
+        return tuple(d.to(p.dtype).view(t.shape) for d, t in zip(whole, saved))
 
     @staticmethod
     def group(q, k, v):
@@ -302,11 +312,6 @@ class Block(nn.Module):
 
 # -----------------------------------------------------------------------------
 # loss: the (tokens x vocabulary) float32 logits of GPT-2 at 4 x 512 would take 412 MB, their gradient as much again
-
-
-def chunks(rows, V, device=None):
-    """Rows that have V logits each, in chunks of 64 MB of float32 logits; with a device, such a chunk in parts that stay in a CPU's cache."""
-    return rows.split(max(64, 2 ** 24 // V // 64 * 64) if device is None else max(1, 2 ** 20 // V) if device.type == "cpu" else len(rows))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -155,6 +155,7 @@ def save(picture, path):
 
 
 def main(args):
+    """Draws the picture from the files."""
     picture = {"loss": loss, "spectra": spectra, "memory": memory_files, "codebooks": codebooks}[args.kind]
     if not args.files and args.kind != "codebooks":
         raise ValueError(f"nothing to draw: python plot.py {args.kind} FILE_OR_FOLDER ... -o {args.output}")

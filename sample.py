@@ -11,6 +11,7 @@ import sys
 
 
 def parse(args):
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+", help="folders: runs of train.py, or models in Hugging Face layout")
     parser.add_argument("--prompt", action="append", help="may be given several times; none: only the beginning-of-sequence token")
@@ -41,6 +42,7 @@ def stream(model, tokenizer, prompt, args):
 
 
 def main(args):
+    """Every model continues every prompt."""
     import data
     import train
     for folder in args.model:

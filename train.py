@@ -918,6 +918,7 @@ def finish(config, folder, task, progress):
 
 
 def main(config):
+    """Trains among the processes there are; running out of memory becomes a ValueError that names the next thing to try."""
     try:
         with processes(pick_device(config.device)):
             train(config)

@@ -11,8 +11,8 @@ import json
 import math
 import os
 import random
-import resource
 import re
+import resource
 import shutil
 import signal
 import subprocess
