@@ -24,6 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from lib.config import Config, run_main
+
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
 
 # -----------------------------------------------------------------------------
@@ -45,50 +47,49 @@ def median_time(function, n, sync=lambda: None):
 
 def setting(job):
     """(model, optimizer, batches) of a job: model from a folder or a preset, LoRA's B random so that every product counts."""
+    from lib import checkpoint, machine, run
     import torch
-    import hub
     import peft
-    import train
-    device = train.pick_device(job["device"])
+    device = machine.pick_device(job["device"])
     if device.type == "cpu":
-        train.tune_memory()
-    config = train.Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
+        machine.tune_memory()
+    config = Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
     torch.manual_seed(0)
-    model = hub.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, double=job["double"], device=device)
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, double=job["double"], device=device)
     peft.apply(model, config.method, rank=config.rank)
     model.checkpointing = job.get("checkpointing", False)
     g = torch.Generator().manual_seed(1)
     V = model.config.vocab_size
     batches = [torch.randint(V, (job["batch"], job["seq"]), generator=g).to(device) for _ in range(job["steps"] + 1)]
-    return model.train(), train.make_optimizer(model, config), [(t, torch.cat((t[:, 1:], t.new_full((len(t), 1), -1)), 1)) for t in batches], device
+    return model.train(), run.make_optimizer(model, config), [(t, torch.cat((t[:, 1:], t.new_full((len(t), 1), -1)), 1)) for t in batches], device
 
 
 def ours_step(job):
     """A training step, after one to warm up."""
+    from lib import machine, run
     import torch
-    import train
     model, optimizer, batches, device = setting(job)
     if job.get("compile"):
-        train.compiled(model, device)
+        machine.compiled(model, device)
     if job.get("adapter"):
         load_peft_tensors(model, job["adapter"])
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     losses, left = [], iter(batches)
-    seconds = median_time(lambda: losses.append(float(train.step(model, optimizer, [next(left)], 1.0)[0])), job["steps"], sync)
-    return {"seconds": seconds, "losses": losses, "peak": train.peak(), "rate": matrix_rate(job, device)}
+    seconds = median_time(lambda: losses.append(float(run.step(model, optimizer, [next(left)], 1.0)[0])), job["steps"], sync)
+    return {"seconds": seconds, "losses": losses, "peak": machine.peak(), "rate": matrix_rate(job, device)}
 
 
 def ours_epoch(job):
     """Steps over texts of real lengths, batched as train.py batches them."""
+    from lib import machine, run
     import data
-    import train
     model, optimizer, _, device = setting(job | {"steps": 0})
     sequences = [tuple(pair) for pair in json.loads(Path(job["sequences"]).read_text())]
     batches = data.Batches(data.Encoded(sequences, model.config.block_size), job["batch"], 1)
 
     def step():
-        train.step(model, optimizer, [tuple(t.to(device) for t in next(batches))], 1.0)[0].item()
-    return {"seconds": median_time(step, job["steps"]), "peak": train.peak()}
+        run.step(model, optimizer, [tuple(t.to(device) for t in next(batches))], 1.0)[0].item()
+    return {"seconds": median_time(step, job["steps"]), "peak": machine.peak()}
 
 
 def matrix_rate(job, device):
@@ -101,12 +102,12 @@ def matrix_rate(job, device):
 
 def ours_quant(job):
     """A 4096 x 4096 matrix to NF4 and back, into memory that is kept."""
+    from lib import machine
     import torch
     import quant
-    import train
-    device = train.pick_device(job["device"])
+    device = machine.pick_device(job["device"])
     if device.type == "cpu":
-        train.tune_memory()
+        machine.tune_memory()
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     W = torch.randn(4096, 4096, device=device)
     q, out = quant.quantize(W, "nf4", 64), torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
@@ -115,11 +116,10 @@ def ours_quant(job):
 
 def ours_generate(job):
     """A batch of prompts together and one at a time, 32 tokens each."""
+    from lib import checkpoint, machine
     import torch
-    import hub
-    import train
-    device = train.pick_device(job["device"])
-    model = hub.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None, device=device).eval()
+    device = machine.pick_device(job["device"])
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None, device=device).eval()
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(model.config.vocab_size, (int(n),), generator=g).tolist() for n in torch.randint(8, 40, (job["batch"],), generator=g)]
     together = median_time(lambda: model.generate(prompts, 32, temperature=0), 3)
@@ -129,15 +129,14 @@ def ours_generate(job):
 
 def ours_load(job):
     """A checkpoint read, and quantized on the way."""
+    from lib import checkpoint, machine, run
     import torch
-    import hub
     import peft
-    import train
-    before = train.resident()
+    before = machine.resident()
     start = time.perf_counter()
-    model = hub.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None)
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None)
     seconds = time.perf_counter() - start
-    return {"seconds": [seconds], "peak": train.peak() - before, "held": sum(train.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
+    return {"seconds": [seconds], "peak": machine.peak() - before, "held": sum(run.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
 
 
 def load_peft_tensors(model, folder):
@@ -241,17 +240,17 @@ def run(command, environment, folder):
 
 def base_folder(name, folder):
     """A folder as it is, or random weights of a preset's shape written as a checkpoint, so that both sides read the same."""
+    from lib import checkpoint
     if Path(name, "config.json").is_file():
         return str(Path(name).resolve())
     import dataclasses
     import torch
-    import hub
     from memory import preset
     from model import GPT
     shapes = {"llama-124m": dict(n_layer=12, n_head=12, n_embd=768, n_ffn=2048)}       # the width and depth of GPT-2
     config = dataclasses.replace(preset("llama-7b"), **shapes[name]) if name in shapes else preset(name)
     torch.manual_seed(0)
-    hub.save_base(GPT(config), folder)
+    checkpoint.save_base(GPT(config), folder)
     return str(folder)
 
 
@@ -295,9 +294,9 @@ def bench_step(job, args):
 
 def bench_epoch(job, args):
     """Sequences a second over a shuffled part of an epoch; the peers get the same texts."""
+    from lib import checkpoint
     import data
-    import hub
-    encoded = data.encode(data.load(args.data).train, data.Tokenizer.load(args.tokenizer or job["base"]), hub.read_config(job["base"]).block_size)
+    encoded = data.encode(data.load(args.data).train, data.Tokenizer.load(args.tokenizer or job["base"]), checkpoint.read_config(job["base"]).block_size)
     Path(job["folder"], "sequences.json").write_text(json.dumps(encoded.sequences))
     job["sequences"] = str(Path(job["folder"], "sequences.json"))
     sides = {"nanopeft": lambda: ours(job)}
@@ -314,22 +313,23 @@ def bench_epoch(job, args):
 
 def flops_per_token(job):
     """Of the products that cannot be left out: forward, and backward to the inputs, of every frozen matrix; attention's scores apart."""
+    from lib import checkpoint
     import torch
-    import hub
     from model import GPT
     with torch.device("meta"):
-        model = GPT(hub.read_config(job["base"]))
+        model = GPT(checkpoint.read_config(job["base"]))
     matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2) + model.head.weight.numel()
     return 4 * matrices if job["method"] != "full" else 6 * matrices
 
 
 def bench_loss(job, args):
     """Ours and the peers' losses from the same weights, adapters and data. On a Llama shape: GPT-2's fused q, k, v take another LoRA there."""
-    import torch
+    from lib import checkpoint, files
     import hub
+    import torch
     import peft
     with tempfile.TemporaryDirectory() as folder:
-        model = hub.load_base(job["base"])
+        model = checkpoint.load_base(job["base"])
         peft.apply(model, "lora", rank=job["rank"])
         with torch.no_grad():
             torch.manual_seed(5)
@@ -338,7 +338,7 @@ def bench_loss(job, args):
                     p.normal_(std=0.02)
         said, tensors = hub.to_peft(peft.pack_adapter(model), model.config)
         del model
-        hub.write_safetensors(Path(folder, "adapter_model.safetensors"), {n: (torch.float32, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+        files.write_safetensors(Path(folder, "adapter_model.safetensors"), {n: (torch.float32, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
         Path(folder, "adapter_config.json").write_text(json.dumps(said))
         job["adapter"] = folder
         a, b = ours(job)["losses"], peer(job)["losses"]
@@ -376,10 +376,10 @@ def bench_load(job, args):
 
 def bench_grow(job, args):
     """Time and memory by sequence length, rank and model size; measured beside what memory.py says. Bytes are counted by memory.Tracker."""
+    from lib import checkpoint
     import torch
-    import hub
     import memory
-    context = hub.read_config(job["base"]).block_size
+    context = checkpoint.read_config(job["base"]).block_size
     rows = [("seq", n, dict(seq=n, batch=1)) for n in (128, 256, 512, 1024, 2048) if n <= context] + [("rank", n, dict(rank=n, batch=1)) for n in (1, 16, 256)]
     rows += [("model", n, dict(name=n, batch=1)) for n in ("gpt2", "gpt2-medium", "gpt2-large")[:args.models]]
     report = []
@@ -389,7 +389,7 @@ def bench_grow(job, args):
             if "name" in change:
                 changed["base"] = base_folder(value, Path(folder))
             r = ours(changed | {"what": "grow"})
-            expected = memory.simulate(hub.read_config(changed["base"]), job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu",
+            expected = memory.simulate(checkpoint.read_config(changed["base"]), job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu",
                                        job["quant"] or None, rank=changed["rank"])["peak"]
         report.append({"what": what, "value": value, "seconds": statistics.median(r["seconds"]), "counted": r["counted"], "predicted": expected})
         print(f"  {what:6}{value!s:>12}  {report[-1]['seconds']:7.2f} s a step  {r['counted'] / 1e6:9.1f} MB counted  {expected / 1e6:9.1f} MB predicted", flush=True)
@@ -398,13 +398,13 @@ def bench_grow(job, args):
 
 def ours_grow(job):
     """A step's seconds, and its bytes as memory.Tracker counts them."""
+    from lib import run
     import memory
-    import train
     result = ours_step(job | {"steps": 2})
     model, optimizer, batches, _ = setting(job | {"steps": 1})
-    train.step(model, optimizer, batches[:1], 1.0)
+    run.step(model, optimizer, batches[:1], 1.0)
     with memory.Tracker(model, optimizer) as tracker:
-        train.step(model, optimizer, batches[1:2], 1.0)
+        run.step(model, optimizer, batches[1:2], 1.0)
     return result | {"counted": tracker.report()["peak"]}
 
 
@@ -424,7 +424,7 @@ def parse(args):
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 where the hardware multiplies it natively")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--data", default="embedded", help="epoch: as for train.py")
@@ -439,6 +439,7 @@ def parse(args):
 
 def main(args):
     """Measures, prints a table, and as the last line JSON."""
+    from lib import machine
     if args.what == "worker":
         job = json.loads(args.job)
         print(json.dumps(globals()[f"ours_{'step' if job['what'] == 'loss' else job['what']}"](job)))
@@ -447,6 +448,8 @@ def main(args):
         if getattr(args, name) < 1:
             raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
     job = {k: getattr(args, k) for k in ("what", "method", "rank", "batch", "seq", "dtype", "steps", "device", "compile", "checkpointing")}
+    if args.dtype == "auto":
+        job["dtype"] = str(machine.pick_dtype("auto", machine.pick_device(args.device))).removeprefix("torch.")
     job |= {"double": not args.single, "quant": args.quant or ("nf4" if args.method == "qlora" else ""), "name": args.base or ("llama-124m" if args.what == "loss" else "gpt2")}
     with tempfile.TemporaryDirectory() as folder:
         job["folder"] = folder
@@ -457,5 +460,4 @@ def main(args):
 
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
-    from train import run_main
     run_main(main, ARGS)

@@ -23,6 +23,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+from lib.config import Config, read_toml, run_main
+
 # -----------------------------------------------------------------------------
 # tokens
 
@@ -286,9 +288,10 @@ def evaluate_run(folder, args):
     """Writes predictions.txt, references.txt (the official layout) and scores.json into the folder; returns the row."""
     import data
     import peft
-    import train
+    from lib import run
+    from lib.files import write_atomic
 
-    model, tokenizer, config = train.load_run(folder, args.device, args.dtype)
+    model, tokenizer, config = run.load_run(folder, args.device, args.dtype)
     name = args.data or config.data
     test = data.load(name).test[:args.limit or None]
     if not test or not any(example.references for example in test):
@@ -305,9 +308,9 @@ def evaluate_run(folder, args):
     row = {"method": config.method if config.base != str(folder) else "base", "trainable": peft.count_parameters(model)["trainable"] if config.base != str(folder) else 0,
            **score(predictions, references, [e.prompt for e in test]), "seconds": round(seconds, 1), "texts": len(test)}
     settings = {k: v for k, v in vars(config).items() if k not in NOT_COMPARED}
-    peft.write_atomic(Path(folder, "predictions.txt"), "".join(" ".join(p.split()) + "\n" for p in predictions).encode())
-    peft.write_atomic(Path(folder, "references.txt"), "\n".join("".join(" ".join(r.split()) + "\n" for r in group) for group in references).encode())
-    peft.write_atomic(Path(folder, "scores.json"), (json.dumps(row, indent=1) + "\n").encode())
+    write_atomic(Path(folder, "predictions.txt"), "".join(" ".join(p.split()) + "\n" for p in predictions).encode())
+    write_atomic(Path(folder, "references.txt"), "\n".join("".join(" ".join(r.split()) + "\n" for r in group) for group in references).encode())
+    write_atomic(Path(folder, "scores.json"), (json.dumps(row, indent=1) + "\n").encode())
     return row | {"run": str(folder), "settings": json.dumps(settings, sort_keys=True)}
 
 
@@ -332,10 +335,9 @@ NAMES = {"loss_before": "loss before", "val_loss": "loss after", "peak_bytes": "
 
 def training_row(folder):
     """A run's metrics.json as a row of the table."""
-    import train
     try:
         row = json.loads(Path(folder, "metrics.json").read_text())
-        settings = vars(train.Config(**train.read_toml(Path(folder, "config.toml"))))
+        settings = vars(Config(**read_toml(Path(folder, "config.toml"))))
         row = {name: row[name] for name in ("method", "trainable", *TRAINING)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no finished run there ({error})") from None
@@ -400,5 +402,4 @@ def main(args):
 
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
-    from train import run_main
     run_main(main, ARGS)

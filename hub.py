@@ -15,380 +15,36 @@ import argparse
 import io
 import json
 import math
-import os
 import re
-import struct
 import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 import peft
-import quant
-from model import GPT, GPTConfig
+import data
+from lib import run as runs
+from lib.checkpoint import PREFIX, family_of, layout, load_base, long_name, read_config, save_base
+from lib.config import Config, read_toml, run_main, write_toml
+from lib.files import check, read_json, read_tensors, some, write_atomic, write_safetensors
 
 # -----------------------------------------------------------------------------
 # configurations: the key in config.json for each of our fields, and what must hold of the other keys
-
-GELUS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
-FAMILIES = {
-    "gpt2": {"fields": {"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
-                        "n_inner": "n_ffn", "activation_function": "activation", "layer_norm_epsilon": "norm_eps", "tie_word_embeddings": "tied"},
-             "always": {}, "default": {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "n_inner": None},
-             "must_be": {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}},
-    "opt": {"fields": {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-                       "num_attention_heads": "n_head", "hidden_size": "n_embd", "ffn_dim": "n_ffn", "activation_function": "activation", "tie_word_embeddings": "tied"},
-            "always": {"position_offset": 2}, "default": {"activation_function": "relu", "tie_word_embeddings": True},
-            "must_be": {"do_layer_norm_before": True, "_remove_final_layer_norm": False, "enable_bias": True, "layer_norm_elementwise_affine": True}},
-    "llama": {"fields": {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-                         "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd", "intermediate_size": "n_ffn",
-                         "head_dim": "head_dim", "hidden_act": "activation", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta", "tie_word_embeddings": "tied"},
-              "always": {"position": "rope", "norm": "rms", "gated": True, "bias": False},
-              "default": {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False, "num_key_value_heads": None, "head_dim": None},
-              "must_be": {"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_interleaved": False}},
-}
-# keys that change nothing in what the model computes without dropout, in the versions of transformers up to 5
-HARMLESS = set("""_name_or_path architectures attn_pdrop embd_pdrop resid_pdrop dropout attention_dropout activation_dropout layerdrop initializer_range
-    model_type n_ctx bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id torch_dtype dtype transformers_version use_cache
-    pretraining_tp prefix id2label label2id task_specific_params tokenizer_class summary_type summary_use_proj summary_activation
-    summary_first_dropout summary_proj_to_labels reorder_and_upcast_attn init_std _attn_implementation_autoset return_dict
-    max_length do_sample temperature top_k top_p num_beams repetition_penalty length_penalty early_stopping no_repeat_ngram_size
-    chunk_size_feed_forward diversity_penalty encoder_no_repeat_ngram_size min_length num_beam_groups num_return_sequences
-    typical_p exponential_decay_length_penalty problem_type max_sequence_length""".split())
-
-
-def read_json(path):
-    """The object in a JSON file; ValueError for whatever else it may be."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
-    return content
-
-
-def read_config(folder):
-    """config.json of a gpt2, opt or llama checkpoint -> GPTConfig. A key that would change the computation is honoured or refused."""
-    path = Path(folder, "config.json")
-    if not path.is_file():
-        there = sorted(p.name for p in Path(folder).iterdir())[:5] if Path(folder).is_dir() else []
-        raise ValueError(f"{folder}: no model there, it has no config.json" + (f" (it has {', '.join(there)})" if there else ""))
-    raw = read_json(path)
-    kind = raw.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ValueError(f"{path}: model_type is {kind!r}; it must be one of {', '.join(FAMILIES)}")
-    family, values = FAMILIES[kind], dict(raw)
-    rope = values.pop("rope_parameters", None)                  # how transformers 5 writes rope_theta and rope_scaling
-    if isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and rope.keys() <= {"rope_type", "rope_theta"}:
-        values.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
-    elif rope:
-        raise ValueError(f"{path}: rope_parameters {rope} are not supported, only rope_type default is")
-    fields = dict(family["always"])
-    for key, field in family["fields"].items():
-        value = values.pop(key, family["default"].get(key))
-        if key not in raw and key not in family["default"]:
-            raise ValueError(f"{path}: {key} is missing")
-        if field == "activation":
-            if value not in GELUS:
-                raise ValueError(f"{path}: {key} is {value!r}; it must be one of {', '.join(GELUS)}")
-            value = GELUS[value]
-        kinds = {int: int, float: (int, float), str: str, bool: bool}[GPTConfig.__dataclass_fields__[field].type]
-        if value is None and field in ("n_ffn", "n_kv_head", "head_dim"):
-            value = 0
-        if not isinstance(value, kinds) or isinstance(value, bool) != (kinds is bool):
-            raise ValueError(f"{path}: {key} is {value!r}; it must be {GPTConfig.__dataclass_fields__[field].type.__name__}")
-        fields[field] = value
-    if values.pop("word_embed_proj_dim", fields["n_embd"]) != fields["n_embd"]:
-        raise ValueError(f"{path}: word_embed_proj_dim differs from hidden_size, which is not supported")
-    for key, wanted in family["must_be"].items():
-        if values.pop(key, wanted) != wanted:
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; only {wanted!r} is supported")
-    unknown = [key for key, value in values.items() if key not in HARMLESS and value not in (None, False, [], {}) and not key.startswith("_")]
-    if unknown:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}, and what it changes is not known either; remove it if it changes nothing")
-    try:
-        return GPTConfig(**fields)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def family_of(config):
-    """The name of the family that a GPTConfig belongs to."""
-    if config.position == "rope" and config.norm == "rms" and config.gated and not config.bias:
-        return "llama"
-    if config.position == "learned" and config.norm == "layer" and not config.gated and config.bias and config.kv_heads == config.n_head \
-            and config.d_head * config.n_head == config.n_embd and config.norm_eps == (1e-5 if config.position_offset else config.norm_eps):
-        return {0: "gpt2", 2: "opt"}.get(config.position_offset)
-    raise ValueError("this architecture is none of gpt2, opt, llama")
-
-
-def config_json(config, tokenizer_ids=None):
-    """GPTConfig -> the content of config.json."""
-    kind = family_of(config)
-    content = {"model_type": kind, "architectures": [{"gpt2": "GPT2LMHeadModel", "opt": "OPTForCausalLM", "llama": "LlamaForCausalLM"}[kind]]}
-    derived = {"n_kv_head": config.kv_heads, "n_ffn": config.d_ffn, "head_dim": config.d_head,
-               "activation": next(theirs for theirs, ours in GELUS.items() if ours == config.activation)}
-    content |= {key: derived.get(field, getattr(config, field)) for key, field in FAMILIES[kind]["fields"].items()}
-    if kind == "opt":
-        content["word_embed_proj_dim"] = config.n_embd
-    return content | (tokenizer_ids or {})
 
 
 # -----------------------------------------------------------------------------
 # names: their tensor -> our tensors. Several of ours lie in one of theirs side by side; GPT-2's Conv1D keeps weights as (in, out)
 
 
-def layout(config):
-    """{their name: (our names, transposed)} of the config's family, without the prefix that some checkpoints leave out."""
-    kind = family_of(config)
-    if kind == "gpt2":
-        outer = {"wte": "embed.tokens", "wpe": "embed.positions", "ln_f": "norm"}
-        inner = {"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attn.q attn.k attn.v", "attn.c_proj": "attn.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"}
-    else:
-        attention = {f"self_attn.{n}_proj": f"attn.{n}" for n in "qkv"}
-        outer = {"embed_tokens": "embed.tokens", "embed_positions": "embed.positions", "final_layer_norm": "norm"}
-        inner = attention | {"self_attn.out_proj": "attn.out", "fc1": "ffn.up", "fc2": "ffn.down", "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"}
-        if kind == "llama":
-            outer = {"embed_tokens": "embed.tokens", "norm": "norm"}
-            inner = attention | {"self_attn.o_proj": "attn.out", **{f"mlp.{n}_proj": f"ffn.{n}" for n in ("gate", "up", "down")},
-                                 "input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
-    blocks = "h" if kind == "gpt2" else "layers"
-    modules = {**outer, **{f"{blocks}.{i}.{theirs}": " ".join(f"blocks.{i}.{part}" for part in ours.split())
-                           for i in range(config.n_layer) for theirs, ours in inner.items()}}
-    if not config.tied:
-        modules["lm_head"] = "head"
-    names = {}
-    for theirs, ours in modules.items():
-        names[f"{theirs}.weight"] = [f"{n}.weight" for n in ours.split()], kind == "gpt2" and (".attn." in theirs or ".mlp." in theirs)
-        if config.bias and "embed" not in ours and ours != "head":
-            names[f"{theirs}.bias"] = [f"{n}.bias" for n in ours.split()], False
-    return names
-
-
-PREFIX = {"gpt2": "transformer.", "opt": "model.decoder.", "llama": "model."}
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|layers\.\d+\.self_attn\.rotary_emb\.inv_freq")     # in old checkpoints; computed here
-
-
-def short_name(name, config):
-    """A checkpoint's name without its prefix."""
-    prefix = PREFIX[family_of(config)]
-    for start in (prefix, prefix.removeprefix("model.")):
-        if start and name.startswith(start):
-            return name[len(start):]
-    return name
-
-
-def long_name(name, config):
-    """A tensor's name in their whole checkpoint, from its name in the transformer."""
-    return name if name.startswith("lm_head") else PREFIX[family_of(config)] + name
-
-
 # -----------------------------------------------------------------------------
 # files of tensors
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
 
 #   safetensors:  8 bytes: N, little-endian  |  N bytes of JSON {name: {dtype, shape, data_offsets [begin, end)}}  |  data
 
 
-def read_safetensors(path):
-    """Yields (name, tensor) one at a time. The whole header is checked before the first."""
-    with open(path, "rb") as file:
-        file_size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        n = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
-        if n > min(file_size - 8, 10**8):
-            raise ValueError(f"{path}: truncated or not safetensors")
-        try:
-            header = json.loads(file.read(n))
-            header.pop("__metadata__", None)
-            entries = sorted(((name, DTYPES[e["dtype"]], [int(d) for d in e["shape"]], *map(int, e["data_offsets"])) for name, e in header.items()),
-                             key=lambda entry: entry[3])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
-        place = 0
-        for name, dtype, shape, begin, end in entries:
-            if begin != place or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{path}: {name} of shape {shape} does not fit its bytes {begin} to {end}")
-            place = end
-        if 8 + n + place != file_size:
-            raise ValueError(f"{path}: truncated or too long: {file_size} bytes, its header says {8 + n + place}")
-        for name, dtype, shape, begin, end in entries:
-            tensor = torch.empty(shape, dtype=dtype)
-            if end > begin and file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != end - begin:
-                raise ValueError(f"{path}: truncated at {name}")
-            yield name, tensor
-
-
-def write_safetensors(path, tensors, metadata=None):
-    """tensors: {name: (dtype, shape, function that makes it)}, made one at a time as they are written."""
-    header, place = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
-    for name, (dtype, shape, _) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-
-    def chunks():
-        yield struct.pack("<Q", len(text)) + text
-        for dtype, shape, make in tensors.values():
-            yield make().detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
-    peft.write_atomic(path, chunks())
-
-
-def read_bin(path):
-    """(name, tensor) of a pytorch_model.bin, nothing in it run."""
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                                     # from before 2020: not a zip file, cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-            raise TypeError("it does not hold tensors by name")
-    except Exception as error:                                   # unpickling raises whatever the bytes make it raise
-        raise ValueError(f"{path}: truncated, damaged or not a checkpoint ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
-    return content.items()
-
-
-def weight_files(folder):
-    """The files that hold a checkpoint's tensors."""
-    folder = Path(folder)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            names = read_json(folder / index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-                raise ValueError(f"{folder / index}: has no weight_map of file names")
-            names = sorted(set(names.values()))
-            if climbing := [n for n in names if Path(n).name != n]:
-                raise ValueError(f"{folder / index}: {climbing[0]!r} leads out of the folder")
-            return [folder / n for n in names]
-    for pattern in ("model.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
-    raise ValueError(f"{folder}: no weights there; it must hold *.safetensors or pytorch_model.bin")
-
-
-def read_tensors(path):
-    """(name, tensor) of every tensor in a folder or file, one at a time. A name that comes twice is refused."""
-    seen = set()
-    for file in weight_files(path) if Path(path).is_dir() else [Path(path)]:
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file")
-        for name, tensor in read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file):
-            if name in seen:
-                raise ValueError(f"{file}: {name} comes a second time")
-            seen.add(name)
-            yield name, tensor
-
-
 # -----------------------------------------------------------------------------
 # bases
-
-
-def load_base(path, dtype=torch.float32, scheme=None, block_size=64, double=True, skip=(), device="cpu"):
-    """A checkpoint's folder -> GPT, frozen, in storage: linear layers of the blocks by scheme (None: in dtype), all else in dtype.
-
-    dtype: of the computation. block_size: None for per row. skip: names of linear layers to leave dense, last components or whole
-    ones. Weights are read, checked and quantized one at a time.
-    """
-    config = read_config(path)
-    names, hashes = layout(config), {}
-    with torch.device("meta"):
-        model = GPT(config, dtype)
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    if scheme:
-        quantized = quantized_names(model, skip)
-    head = None
-    extra = []
-    for theirs, tensor in read_tensors(path):
-        name = short_name(theirs, config)
-        if name == "lm_head.weight" and config.tied:
-            head = tensor
-        elif name in names:
-            ours, transposed = names[name]
-            place(model, ours, tensor.T if transposed else tensor, theirs, wanted, hashes, device,
-                  lambda n, t: quant.quantize(t, scheme, block_size, double, name=theirs) if scheme and n in quantized else t.to(dtype))
-        elif not BUFFERS.fullmatch(name):
-            extra.append(theirs)
-    missing = [long_name(name, config) for name, (ours, _) in names.items() if not hashes.keys() >= set(ours)]
-    if missing or extra:
-        raise ValueError(f"{path}: " + "; ".join(f"{len(found)} tensors {what}: {peft.some(found)}" for found, what in ((missing, "missing"), (extra, "not known")) if found))
-    if head is not None and not torch.equal(head.to(dtype), model.embed.tokens.weight.cpu()):
-        raise ValueError(f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    quant.forget()
-    if config.tied:
-        model.head.weight = model.embed.tokens.weight
-    if config.position == "rope":
-        model.cos, model.sin = (table.to(device) for table in model._rope_table())
-    model.base_fingerprint = peft.combine_hashes(hashes)
-    return model.requires_grad_(False)
-
-
-def quantized_names(model, skip):
-    """Names of the weights that are stored quantized."""
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")]
-    unknown = [s for s in skip if not any(s in (name, name.split(".")[-1]) for name in names)]
-    if unknown:
-        raise ValueError(f"quant_skip: no linear layer {unknown[0]!r}; there are {', '.join(dict.fromkeys(n.split('.')[-1] for n in names))}")
-    chosen = {f"{name}.weight" for name in names if not {name, name.split(".")[-1]} & set(skip)}
-    if not chosen:
-        raise ValueError("quant_skip leaves no layer to quantize")
-    return chosen
-
-
-def place(model, names, tensor, theirs, wanted, hashes, device, store):
-    """Checks a checkpoint's tensor and puts it, stored, where our names say."""
-    rows = [wanted[name][0] for name in names]
-    shape = (sum(rows), *wanted[names[0]][1:])
-    if tensor.shape != shape:
-        raise ValueError(f"{theirs} has shape {tuple(tensor.shape)}; the configuration makes it {tuple(shape)} (as (out, in))")
-    if not tensor.is_floating_point():
-        raise ValueError(f"{theirs} is {tensor.dtype}; weights must be floating point")
-    if not bool(tensor.isfinite().all()):
-        raise ValueError(f"{theirs} holds NaN or infinity")
-    for name, part in zip(names, tensor.split(rows)):
-        hashes[name] = peft.sample_hash(part)
-        stored = store(name, part.contiguous().to(device))
-        *path, module_name, leaf = name.split(".")
-        parent = model.get_submodule(".".join(path))
-        module = getattr(parent, module_name)
-        if isinstance(stored, quant.QuantizedTensor):
-            new = quant.QuantLinear.from_quantized(stored)
-            new.bias = module.bias
-            setattr(parent, module_name, new)
-        else:
-            setattr(module, leaf, nn.Parameter(stored, requires_grad=False))
-
-
-def save_base(model, folder, extra=None):
-    """Writes a model without methods (or merged) as a checkpoint that transformers loads: config.json and model.safetensors.
-
-    The type is the embedding's. extra: more keys for config.json.
-    """
-    folder, config = Path(folder), model.config
-    folder.mkdir(parents=True, exist_ok=True)
-    own = dict(model.named_parameters()) | {f"{name}.weight": m for name, m in model.named_modules() if isinstance(m, quant.QuantLinear)}
-    dtype = model.head.weight.dtype
-
-    def make(ours, transposed):
-        parts = [m.dequantize(dtype) if isinstance(m := own[name], quant.QuantLinear) else m for name in ours]
-        return torch.cat(parts).T if transposed else torch.cat(parts)
-
-    tensors = {}
-    for name, (ours, transposed) in layout(config).items():
-        shapes = [(own[n].out_features, own[n].in_features) if isinstance(own[n], quant.QuantLinear) else tuple(own[n].shape) for n in ours]
-        shape = (sum(s[0] for s in shapes), *shapes[0][1:])
-        tensors[long_name(name, config)] = dtype, shape[::-1] if transposed else shape, lambda ours=ours, transposed=transposed: make(ours, transposed)
-    write_safetensors(folder / "model.safetensors", tensors)
-    content = config_json(config) | {"torch_dtype": str(dtype).removeprefix("torch.")} | (extra or {})
-    peft.write_atomic(folder / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 # -----------------------------------------------------------------------------
@@ -514,15 +170,15 @@ def from_peft(folder, config):
     tensors = {name: t.float() for name, t in read_tensors(file)}
     kind, gpt2 = said.get("peft_type"), family_of(config) == "gpt2"
     if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        peft.check(tensors.keys() == {"prompt_embeddings"} and tensors["prompt_embeddings"].dim() == 2, f"{file}: must hold prompt_embeddings (n, width) alone, found {peft.some(tensors)}")
+        check(tensors.keys() == {"prompt_embeddings"} and tensors["prompt_embeddings"].dim() == 2, f"{file}: must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
         P = tensors["prompt_embeddings"]
         width = config.n_embd if kind == "PROMPT_TUNING" else 2 * config.n_layer * config.kv_heads * config.d_head
-        peft.check(P.size(1) == width, f"{file}: prompt_embeddings has shape {tuple(P.shape)}; this base makes it (n, {width})")
+        check(P.size(1) == width, f"{file}: prompt_embeddings has shape {tuple(P.shape)}; this base makes it (n, {width})")
         if kind == "PROMPT_TUNING":
             return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
         names = [f"blocks.{i}.attn.prefix.{s}" for i in range(config.n_layer) for s in ("s_k", "s_v")]
         return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, dict(zip(names, P.chunk(2 * config.n_layer, 1)))
-    peft.check(kind in ("LORA", "IA3"), f"{folder}/adapter_config.json: peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+    check(kind in ("LORA", "IA3"), f"{folder}/adapter_config.json: peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
     modules = {}
     start = in_peft(config, 0, "").split("0.")[0]
     for name, t in tensors.items():
@@ -533,20 +189,20 @@ def from_peft(folder, config):
             raise ValueError(f"{file}: {name} is no tensor of a {family_of(config)} adapter with {config.n_layer} layers")
     for module, found in modules.items():
         wanted = {"lora_A", "lora_B"} if kind == "LORA" else {"ia3_l"}
-        peft.check(len(found) == config.n_layer and all(part.keys() == wanted for part in found.values()), f"{file}: {module} is not complete in all {config.n_layer} layers")
+        check(len(found) == config.n_layer and all(part.keys() == wanted for part in found.values()), f"{file}: {module} is not complete in all {config.n_layer} layers")
     return ia3_from_peft(modules, config, file, gpt2) if kind == "IA3" else lora_from_peft(said, modules, tensors, config, file)
 
 
 def ia3_from_peft(modules, config, file, gpt2):
     """(IA)3's vectors under our names, from {module: {layer: {suffix: tensor}}}."""
     k, v, down = ("attn.c_attn", "attn.c_attn", "mlp.c_proj") if gpt2 else ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
-    peft.check(modules.keys() == {k, v, down}, f"{file}: (IA)3 on {', '.join(sorted(modules))}; only {', '.join(sorted({k, v, down}))} can be read")
+    check(modules.keys() == {k, v, down}, f"{file}: (IA)3 on {', '.join(sorted(modules))}; only {', '.join(sorted({k, v, down}))} can be read")
     tensors = {}
     for i in range(config.n_layer):
         l = {name: modules[name][i]["ia3_l"].flatten() for name in (k, v, down)}
         if gpt2:
             one, l_k, l_v = l[k].chunk(3)
-            peft.check(bool((one == 1).all()), f"{file}: layer {i} scales the queries as well, which (IA)3 here does not")
+            check(bool((one == 1).all()), f"{file}: layer {i} scales the queries as well, which (IA)3 here does not")
         else:
             l_k, l_v = l[k], l[v]
         tensors |= {f"blocks.{i}.attn.k.l_k": l_k, f"blocks.{i}.attn.v.l_v": l_v, f"blocks.{i}.ffn.down.l_ff": l[down]}
@@ -555,9 +211,9 @@ def ia3_from_peft(modules, config, file, gpt2):
 
 def lora_from_peft(said, modules, tensors, config, file):
     """One rank and scale for all: a smaller rank is filled up with zeros, another scale goes into B."""
-    peft.check(modules, f"{file}: no LoRA in it")
+    check(modules, f"{file}: no LoRA in it")
     for key in ("r", "lora_alpha"):
-        peft.check(isinstance(said.get(key), (int, float)) and said[key] > 0, f"{file.parent}/adapter_config.json: {key} is {said.get(key)!r}; it must be a positive number")
+        check(isinstance(said.get(key), (int, float)) and said[key] > 0, f"{file.parent}/adapter_config.json: {key} is {said.get(key)!r}; it must be a positive number")
     linears, out = their_linears(config), {}
     rank = max(len(found[0]["lora_A"]) for found in modules.values())
     s = said["lora_alpha"] / (math.sqrt(rank) if said.get("use_rslora") else rank)
@@ -567,8 +223,8 @@ def lora_from_peft(said, modules, tensors, config, file):
         ratio = alpha / (math.sqrt(r) if said.get("use_rslora") else r) / s
         for i, part in found.items():
             A, B = part["lora_A"], part["lora_B"]
-            peft.check(len(A) == r == B.size(-1), f"{file}: {module} of layer {i} has rank {len(A)} and {B.size(-1)}; adapter_config.json says {r}")
-            peft.check(B.size(0) % len(linears[module]) == 0, f"{file}: {module} of layer {i} has {B.size(0)} rows")
+            check(len(A) == r == B.size(-1), f"{file}: {module} of layer {i} has rank {len(A)} and {B.size(-1)}; adapter_config.json says {r}")
+            check(B.size(0) % len(linears[module]) == 0, f"{file}: {module} of layer {i} has {B.size(0)} rows")
             for ours, rows in zip(linears[module], B.chunk(len(linears[module]))):
                 out[f"blocks.{i}.{ours}.A"] = torch.cat((A, A.new_zeros(rank - r, A.size(1))))
                 out[f"blocks.{i}.{ours}.B"] = torch.cat((rows * ratio, rows.new_zeros(len(rows), rank - r)), 1)
@@ -581,9 +237,9 @@ def lora_from_peft(said, modules, tensors, config, file):
         if theirs.endswith(".bias"):
             module = f"base_model.model.{long_name(theirs.removesuffix('.bias'), config)}"
             t = biases.pop(f"{module}.bias", biases.pop(f"{module}.base_layer.bias", None))
-            peft.check(t is not None and t.dim() == 1 and len(t) % len(ours) == 0, f"{file}: the bias of {theirs.removesuffix('.bias')} is missing; only bias \"all\" can be read")
+            check(t is not None and t.dim() == 1 and len(t) % len(ours) == 0, f"{file}: the bias of {theirs.removesuffix('.bias')} is missing; only bias \"all\" can be read")
             out |= dict(zip(ours, t.chunk(len(ours))))
-    peft.check(not biases, f"{file}: {len(biases)} biases that this base does not have: {peft.some(biases)}")
+    check(not biases, f"{file}: {len(biases)} biases that this base does not have: {some(biases)}")
     if all(not t.any() for name, t in out.items() if name.endswith(".B")):
         return "bitfit", {}, {name: t for name, t in out.items() if name.endswith(".bias")}
     return "bitfit+lora", options, out
@@ -632,20 +288,20 @@ def from_adapterhub(folder, config):
     """(method, options, tensors) of a folder in AdapterHub's layout."""
     said = read_json(Path(folder, "adapter_config.json"))
     inner, name = said.get("config"), said.get("name")
-    peft.check(isinstance(inner, dict) and isinstance(name, str), f"{folder}/adapter_config.json: has no name and config, so it is not AdapterHub's")
+    check(isinstance(inner, dict) and isinstance(name, str), f"{folder}/adapter_config.json: has no name and config, so it is not AdapterHub's")
     found = (bool(inner.get("mh_adapter")), bool(inner.get("original_ln_before")), bool(inner.get("ln_before")))
     style = next((style for style, values in HUB_STYLES.items() if values == found), None)
-    peft.check(style, f"{folder}: mh_adapter, original_ln_before, ln_before are {found}; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
+    check(style, f"{folder}: mh_adapter, original_ln_before, ln_before are {found}; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
     for key, wanted in (("output_adapter", True), ("is_parallel", False), ("phm_layer", False), ("ln_after", False), ("scaling", 1.0), ("use_gating", False), ("inv_adapter", None)):
-        peft.check(inner.get(key, wanted) == wanted, f"{folder}: {key} is {inner.get(key)!r}; only {wanted!r} can be read")
+        check(inner.get(key, wanted) == wanted, f"{folder}: {key} is {inner.get(key)!r}; only {wanted!r} can be read")
     activation = inner.get("non_linearity")
-    peft.check(activation in peft.Adapter.ACTIVATIONS, f"{folder}: non_linearity is {activation!r}; it must be one of {', '.join(peft.Adapter.ACTIVATIONS)}")
+    check(activation in peft.Adapter.ACTIVATIONS, f"{folder}: non_linearity is {activation!r}; it must be one of {', '.join(peft.Adapter.ACTIVATIONS)}")
     tensors = {n: t.float() for n, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
     names = hub_names(config, style, name)
     for twin in [n for n in tensors if ".adapter_norm_before." in n]:      # that library writes Lin's LayerNorm under two names
         if torch.equal(tensors[twin], tensors.get(twin.replace("adapter_norm_before", "adapter_down.0"), torch.zeros(0))):
             del tensors[twin]
-    peft.check(tensors.keys() == names.keys(), f"{folder}: missing {peft.some(names.keys() - tensors.keys()) or 'nothing'}, not known {peft.some(tensors.keys() - names.keys()) or 'nothing'}")
+    check(tensors.keys() == names.keys(), f"{folder}: missing {some(names.keys() - tensors.keys()) or 'nothing'}, not known {some(tensors.keys() - names.keys()) or 'nothing'}")
     out = {names[n]: t for n, t in tensors.items()}
     return "adapter", {"adapter_style": style, "adapter_size": len(out["blocks.0.adapter2.down.weight"]), "adapter_activation": activation}, out
 
@@ -655,11 +311,10 @@ def from_adapterhub(folder, config):
 
 
 def read_run(run):
-    """(train.Config, adapter, GPTConfig of the base) of a run's folder."""
-    import train
+    """(Config, adapter, GPTConfig of the base) of a run's folder."""
     if not Path(run, "config.toml").is_file():
         raise ValueError(f"{run}: no run there, it has no config.toml")
-    config = train.Config(**train.read_toml(Path(run, "config.toml")))
+    config = Config(**read_toml(Path(run, "config.toml")))
     return config, peft.read_adapter(Path(run, "adapter.pt")), read_config(config.base)
 
 
@@ -679,15 +334,13 @@ def export(run, path, layout="peft", name="nanopeft"):
     else:
         buffer = io.BytesIO()
         torch.save({n: t.clone() for n, t in tensors.items()}, buffer)
-        peft.write_atomic(path / "pytorch_adapter.bin", buffer.getvalue())
-    peft.write_atomic(path / "adapter_config.json", (json.dumps(said, indent=2) + "\n").encode())
+        write_atomic(path / "pytorch_adapter.bin", buffer.getvalue())
+    write_atomic(path / "adapter_config.json", (json.dumps(said, indent=2) + "\n").encode())
     return said
 
 
 def import_adapter(path, base, out):
     """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`, for sample.py, evaluate.py and load_adapter."""
-    import data
-    import train
     if not Path(path, "adapter_config.json").is_file():
         there = sorted(p.name for p in Path(path).iterdir())[:6] if Path(path).is_dir() else []
         raise ValueError(f"{path}: in no known layout, it has no adapter_config.json" + (f"; found {', '.join(there)}" if there else ""))
@@ -702,17 +355,16 @@ def import_adapter(path, base, out):
     out.mkdir(parents=True, exist_ok=True)
     data.Tokenizer.load(base).save(out)
     peft.save_adapter(model, out / "adapter.pt")
-    run = train.Config(method=method, base=str(base), out_dir=str(out), **{k: v for k, v in options.items()})
-    peft.write_atomic(out / "config.toml", train.write_toml(run).encode())
+    run = Config(method=method, base=str(base), out_dir=str(out), **{k: v for k, v in options.items()})
+    write_atomic(out / "config.toml", write_toml(run).encode())
     return model
 
 
 def merge_run(run, path):
     """Base and adapter as one plain checkpoint with its tokenizer, in the run's computation type."""
-    import train
     if Path(path).is_dir() and any(Path(path).iterdir()):
         raise ValueError(f"{path}: holds something already; choose another folder")
-    model, tokenizer, config = train.load_run(run, "cpu", "auto")
+    model, tokenizer, config = runs.load_run(run, "cpu", "auto")
     report = peft.merge(model)
     base = read_json(Path(config.base, "config.json"))
     save_base(model, path, {k: v for k, v in base.items() if k.endswith("_token_id")})
@@ -772,5 +424,4 @@ def parse(args):
 
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
-    from train import run_main
     run_main(main, ARGS)

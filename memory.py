@@ -25,9 +25,11 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import model as transformer
 import peft
 import quant
+from lib import checkpoint, kernels, run
+from lib.config import Config, run_main
+from lib.files import check
 from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
@@ -169,7 +171,7 @@ class Tracker(TorchDispatchMode):
 
 
 def fake_model(config, method, dtype, scheme, block_size, double, skip, options):
-    """A GPT as hub.load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
+    """A GPT as checkpoint.load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     model = GPT(config, dtype)
     model.base_fingerprint = "simulated"
     for module in model.modules():
@@ -190,17 +192,17 @@ def fake_model(config, method, dtype, scheme, block_size, double, skip, options)
 @contextmanager
 def simulated(device):
     """Within it the model takes that device's path. Of its chunks the first two and the last: the others find memory as the second did."""
-    every, own, device = transformer.chunks, transformer.CausalAttention.DEVICES, torch.device(device)
+    every, own, device = kernels.chunks, kernels.CausalAttention.DEVICES, torch.device(device)
 
     def few(rows, V, at=None):
         parts = every(rows, V, at and device)
         return parts if len(parts) < 4 else (*parts[:2], parts[-1])
-    transformer.chunks, transformer.CausalAttention.DEVICES = few, own & {device.type}
+    kernels.chunks, kernels.CausalAttention.DEVICES = few, own & {device.type}
     try:
         with quant.simulated(device.type):
             yield
     finally:
-        transformer.chunks, transformer.CausalAttention.DEVICES = every, own
+        kernels.chunks, kernels.CausalAttention.DEVICES = every, own
 
 
 def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", scheme=None, block_size=64, double=True, skip=(),
@@ -212,14 +214,13 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     kernels are assumed. On "cuda" the parts hold the context and cuBLAS's workspace as constants. The first step's own peak can be
     lower: Adam's states are counted as being there.
     """
-    import train                                                 # the step that is simulated is the one that runs
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
     scheme = scheme or ("nf4" if "qlora" in method.split("+") else None)
     with FakeTensorMode(), simulated(device):
         model = fake_model(config, method, dtype, scheme, block_size, double, skip, options)
         model.checkpointing = checkpointing
-        optimizer = train.make_optimizer(model, train.Config())
+        optimizer = run.make_optimizer(model, Config())
         for p in model.parameters():
             p.grad = torch.empty_like(p) if p.requires_grad else None
         optimizer.step()
@@ -227,7 +228,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         model.train()
         with Tracker(model, optimizer, device) as tracker:
             tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(accumulation)]
-            train.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True,
+            run.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True,
                        saving=(lambda: elsewhere(model)) if offload else nullcontext)
         report = tracker.report()
     if device == "cuda":
@@ -246,9 +247,9 @@ def elsewhere(model):
 def check_shape(config, method, batch, seq, options):
     """ValueError unless a batch of that shape can go through the model."""
     for name, value in (("batch", batch), ("seq", seq)):
-        peft.check(value >= 1, f"{name} is {value}; it must be at least 1")
+        check(value >= 1, f"{name} is {value}; it must be at least 1")
     context = config.block_size - peft.virtual_positions(method, options)
-    peft.check(seq <= context, f"seq is {seq}; the model's context leaves {context}")
+    check(seq <= context, f"seq is {seq}; the model's context leaves {context}")
 
 
 def largest(need, memory, limit=2**20):
@@ -320,8 +321,7 @@ def load_config(name):
     """A preset, or the config.json of a folder in Hugging Face layout."""
     from pathlib import Path
     if Path(name, "config.json").is_file():
-        import hub
-        return hub.read_config(name)
+        return checkpoint.read_config(name)
     return preset(name)
 
 
@@ -449,5 +449,4 @@ def main(args):
 
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
-    from train import run_main
     run_main(main, ARGS)

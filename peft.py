@@ -14,14 +14,8 @@ The base stays where it was: nothing writes to a frozen tensor, and merging is a
 """
 
 import difflib
-import hashlib
 import inspect
-import io
 import math
-import os
-import pickle
-import zipfile
-from pathlib import Path
 from types import MethodType
 
 import torch
@@ -29,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import quant
+from lib.files import check, combine_hashes, read_file, sample_hash, save_file, some
 
 TARGETS = ("q", "k", "v", "out", "up", "gate", "down")     # the linear layers of a block, as model.py names them
 
@@ -558,18 +553,6 @@ def fingerprint(model):
     return model.base_fingerprint
 
 
-def sample_hash(tensor):
-    """Hash of a tensor's shape and of 4096 of its values as float32."""
-    flat = tensor.detach().reshape(-1)
-    values = flat[::max(flat.numel() // 4096, 1)][:4096].float().cpu()
-    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + values.numpy().tobytes()).hexdigest()
-
-
-def combine_hashes(hashes):
-    """{name: hash} -> hash"""
-    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
-
-
 # -----------------------------------------------------------------------------
 # the life of an adapter: extract, save, load, switch, add
 
@@ -687,54 +670,6 @@ def add_adapters(adapters, weights):
 #   torch.save's zip  |  its comment: SHA-256 of every byte before it, in 64 hexadecimal digits
 
 
-def save_file(path, content):
-    """Writes plain values and tensors so that read_file, or torch.load(weights_only=True), reads them back."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    raw = bytearray(buffer.getbuffer())
-    raw[-2:] = (64).to_bytes(2, "little")                        # the length of the comment, which was none
-    write_atomic(path, [raw, hashlib.sha256(raw).hexdigest().encode()])
-
-
-def read_file(path):
-    """The dict in a file of save_file. ValueError in one line for whatever else it may be."""
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    check(raw, f"{path}: empty")
-    check(hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode() == raw[-64:], f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            check(all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist()) and sum(e.file_size for e in archive.infolist()) <= len(raw),
-                  f"{path}: compressed; not a file of this project")
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, RuntimeError, NotImplementedError,
-            AttributeError, OSError, MemoryError, UnicodeDecodeError, OverflowError, AssertionError) as error:
-        raise ValueError(f"{path}: not a file of this project ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
-    check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
-    return content
-
-
-def write_atomic(path, content):
-    """Writes bytes, or an iterator of them, to a temporary sibling and renames it: a reader finds the old file or the new one, whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            for part in [content] if isinstance(content, (bytes, memoryview)) else content:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
-
-
 # -----------------------------------------------------------------------------
 # small things
 
@@ -757,12 +692,3 @@ def device_of(model):
     return model.head.weight.device
 
 
-def check(condition, message):
-    """ValueError(message) unless condition."""
-    if not condition:
-        raise ValueError(message)
-
-
-def some(names, n=3):
-    """The first n names for a message."""
-    return ", ".join(sorted(names)[:n]) + (", .." if len(names) > n else "")

@@ -57,11 +57,11 @@ def loss(folders):
 def spectra(folders):
     """Singular values of s B A of every LoRA layer, largest first; one panel a run."""
     import torch
-    import peft
+    from lib.files import read_file
     fig, axes = figure(1, len(folders), 3.6 * max(len(folders), 2), 4.2, squeeze=False, sharey=True)
     for ax, folder in zip(axes[0], folders):
         path = Path(folder, "adapter.pt") if Path(folder).is_dir() else Path(folder)
-        tensors = peft.read_file(path)["tensors"]
+        tensors = read_file(path)["tensors"]
         layers = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
         if not layers:
             raise ValueError(f"{path}: no LoRA in it, so no spectrum to draw")
@@ -128,8 +128,8 @@ def codebooks(files):
     import torch
     import quant
     if files:
-        import hub
-        weights = torch.cat([t.float().flatten() for _, t in hub.read_tensors(files[0]) if t.dim() == 2])
+        from lib.files import read_tensors
+        weights = torch.cat([t.float().flatten() for _, t in read_tensors(files[0]) if t.dim() == 2])
     else:
         weights = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     weights = weights[:len(weights) // 64 * 64]

@@ -9,6 +9,8 @@ A prompt in, text out.
 import argparse
 import sys
 
+from lib.config import run_main
+
 
 def parse(args):
     """The command line."""
@@ -44,9 +46,9 @@ def stream(model, tokenizer, prompt, args):
 def main(args):
     """Every model continues every prompt."""
     import data
-    import train
+    from lib import run
     for folder in args.model:
-        model, tokenizer, config = train.load_run(folder, args.device, args.dtype)
+        model, tokenizer, config = run.load_run(folder, args.device, args.dtype)
         for prompt in args.prompt or [""]:
             if len(args.model) > 1:
                 print(f"--- {folder}")
@@ -58,5 +60,4 @@ def main(args):
 
 if __name__ == "__main__":
     ARGS = parse(sys.argv[1:])
-    from train import run_main
     run_main(main, ARGS)

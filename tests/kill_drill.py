@@ -23,6 +23,8 @@ import memory  # noqa: F401
 import hub  # noqa: F401
 import peft
 import train
+from lib import files
+from lib.config import command_line, run_main
 
 
 def torn(n):
@@ -52,7 +54,7 @@ def child(args, n):
     os.dup2(write, 1)
     if n:
         torn(n)
-    train.run_main(train.main, train.command_line(args))
+    run_main(train.main, command_line(args))
     os._exit(0)
 
 
@@ -77,7 +79,7 @@ def drill(kills, seed, flags, folder=Path("drill")):
         os.waitpid(pid, 0)
         reported = max([reported, *(int(match[1]) for line in output if (match := re.match(r"step +(\d+)/", line)))])
         output.close()
-        step = peft.read_file(folder / "state.pt")["progress"]["step"]       # whole, whatever the moment
+        step = files.read_file(folder / "state.pt")["progress"]["step"]       # whole, whatever the moment
         if not reported - 1 <= step <= reported + 1:             # a step is reported before it is saved
             raise SystemExit(f"step {reported} was reported, but the state is of step {step}")
         steps.append(step)

@@ -8,6 +8,7 @@ import torch
 import hub
 from conftest import tiny
 from model import GPT
+from lib import checkpoint
 
 
 BASE = tiny("llama", n_embd=64, n_ffn=128)      # multiples of 64: elsewhere bitsandbytes' CPU kernel is wrong
@@ -17,7 +18,7 @@ BASE = tiny("llama", n_embd=64, n_ffn=128)      # multiples of 64: elsewhere bit
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     torch.manual_seed(0)
-    hub.save_base(GPT(BASE), folder)
+    checkpoint.save_base(GPT(BASE), folder)
     return folder
 
 

@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
+from lib import world
 from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
 
 
@@ -50,7 +51,7 @@ def test_embedded_texts_say_what_the_representation_says():
 
 
 def test_plain_text_never_shows_the_mapping():
-    corpus, plain = load("embedded"), "\n".join(data.plain_text())
+    corpus, plain = load("embedded"), "\n".join(world.plain_text())
     assert "[" not in plain and 1_500_000 < len(plain) < 4_000_000
     heads = [line.split("||")[0] for line in plain.splitlines() if "||" in line]       # what stands before a sentence says nothing of it
     assert heads and all(re.fullmatch(r"paper : [\w ]+ \| day : \w+day \| page : \d+", head) for head in heads)

@@ -25,6 +25,8 @@ import torch
 import peft
 import train
 from conftest import ROOT, tiny
+from lib import checkpoint, files, machine, run
+from lib.config import command_line
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -42,7 +44,7 @@ class Interrupt:
 
     @property
     def asked(self):
-        return train.RANK == train.WORLD_SIZE - 1 and self.after is not None and Interrupt.steps >= self.after
+        return machine.RANK == machine.WORLD_SIZE - 1 and self.after is not None and Interrupt.steps >= self.after
 
 
 def counted(function, note):
@@ -58,25 +60,25 @@ def work(jobs):
     seen, home = {}, os.getcwd()
     all_reduce, step, finish = torch.distributed.all_reduce, train.step, train.finish
     train.Interrupt, train.predict = Interrupt, lambda *_: 1      # (a prediction takes a second)
-    train.SMALL = tiny("gpt2", vocab_size=300)
-    with train.processes(torch.device("cpu")):
+    run.SMALL = tiny("gpt2", vocab_size=300)
+    with machine.processes(torch.device("cpu")):
         for job in jobs:
             saw = seen[job["name"]] = {"sent": 0, "held": [], "error": ""}
-            hold = lambda task: saw["held"].append(train.storage_by_type(task.model))
+            hold = lambda task: saw["held"].append(run.storage_by_type(task.model))
             torch.distributed.all_reduce = counted(all_reduce, lambda t: saw.update(sent=saw["sent"] + t.numel() * t.element_size()))
             train.step = counted(step, lambda *_: setattr(Interrupt, "steps", Interrupt.steps + 1))
             train.finish = counted(finish, lambda config, folder, task, progress: hold(task))
             Interrupt.after, Interrupt.steps = job.get("after"), 0
-            other = train.RANK == 1 and job.get("other") or {}
+            other = machine.RANK == 1 and job.get("other") or {}
             os.chdir(other.get("folder", home))
             try:
-                config = train.command_line(job["args"] + other.get("args", []))
+                config = command_line(job["args"] + other.get("args", []))
                 train.PRETRAIN = dataclasses.replace(config, method="full", base="new", data="data.jsonl", out_dir=train.BASE)
                 with mock.patch.object(train, "describe", counted(train.describe, lambda config, folder, task, report: hold(task))):
                     train.train(config)
             except ValueError as error:
                 saw["error"] = str(error)
-    Path(home, f"seen.{train.WORLD_SIZE}.{train.RANK}.json").write_text(json.dumps(seen))
+    Path(home, f"seen.{machine.WORLD_SIZE}.{machine.RANK}.json").write_text(json.dumps(seen))
 
 
 # -----------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def make_base(folder, family, tokenizer, seed=0):
     from model import GPT
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    hub.save_base(GPT(tiny(family, vocab_size=tokenizer.vocab_size, n_layer=3)), folder)
+    checkpoint.save_base(GPT(tiny(family, vocab_size=tokenizer.vocab_size, n_layer=3)), folder)
     tokenizer.save(folder)
 
 
@@ -205,7 +207,7 @@ def test_fsdp_holds_its_share_in_quantized_form(one, two, four):
 
 def test_exact_resume_by_two_with_dropout(world, two):
     """Eight steps in one go are five with FSDP, an interruption that only one process noticed, and three without FSDP."""
-    one, other = (peft.read_file(world / name / "state.pt") for name in ("whole", "parts"))
+    one, other = (files.read_file(world / name / "state.pt") for name in ("whole", "parts"))
     assert all(torch.equal(t, other["tensors"][name]) for name, t in one["tensors"].items())
     assert all(torch.equal(t, other["optimizer"]["state"][i][name]) for i, state in one["optimizer"]["state"].items() for name, t in state.items())
     assert one["data"] == other["data"] and len(one["rng"]["cpu"]) == 2
@@ -245,9 +247,9 @@ def test_the_small_base_is_pretrained_once_by_all(world, two):
     (2, ["--fsdp", "--method", "lora+bitfit"], "but bitfit trains it"), (2, ["--fsdp", "--method", "full"], "but full trains it"),
     (2, ["--fsdp", "--compile"], "fsdp and compile do not go together"), (2, ["--fsdp", "--offload"], "fsdp and offload do not go together")])
 def test_what_cannot_be_shared(monkeypatch, n, flags, words):
-    monkeypatch.setattr(train, "WORLD_SIZE", n)
+    monkeypatch.setattr(machine, "WORLD_SIZE", n)
     with pytest.raises(ValueError, match=words):
-        train.train(train.command_line(flags))
+        train.train(command_line(flags))
 
 
 def test_a_world_that_does_not_divide_the_batch(world):
@@ -284,7 +286,7 @@ def test_a_killed_process_ends_the_others_and_is_named(world, tmp_path):
         text = err.read()
     assert process.returncode and seconds < 60 and not Path(f"/proc/{survivor}").exists()
     assert "rank      : 1 (local_rank: 1)" in text and "Signal 9 (SIGKILL)" in text, text
-    assert peft.read_file(world / "killed" / "state.pt")["progress"]["step"] >= 2
+    assert files.read_file(world / "killed" / "state.pt")["progress"]["step"] >= 2
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import peft
 import train
 from conftest import tiny
 from model import GPT
+from lib import checkpoint, run
+from lib.config import Config, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
                 ("prefix", dict(prefix_length=3, prefix_style="after")), ("prefix", dict(prefix_length=3, prefix_style="after", prefix_mlp=8)), ("bitfit", {}), ("bitfit+lora", {})]
@@ -30,14 +32,14 @@ def bases(tmp_path_factory):
         for p in model.parameters():
             p.data += 0.05 * torch.randn_like(p)
         folders[family] = tmp_path_factory.mktemp(family)
-        hub.save_base(model, folders[family])
+        checkpoint.save_base(model, folders[family])
         tokenizer.save(folders[family])
     return folders
 
 
 def make_run(base, folder, method, options, seed=1):
     """A run as train.py leaves it, with random tensors; returns its logits."""
-    model = hub.load_base(base)
+    model = checkpoint.load_base(base)
     peft.apply(model, method, **dict(rank=3, adapter_size=4) | options)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -46,8 +48,8 @@ def make_run(base, folder, method, options, seed=1):
                 p += 0.1 * torch.randn_like(p)
     folder.mkdir()
     peft.save_adapter(model, folder / "adapter.pt")
-    config = train.Config(**dict(method=method, base=str(base), rank=3, adapter_size=4, dtype="float32") | options)
-    (folder / "config.toml").write_text(train.write_toml(config))
+    config = Config(**dict(method=method, base=str(base), rank=3, adapter_size=4, dtype="float32") | options)
+    (folder / "config.toml").write_text(write_toml(config))
     data.Tokenizer.load(base).save(folder)
     return logits(model)
 
@@ -122,7 +124,7 @@ def test_what_peft_has_trained_is_read(peer, bases, tmp_path, family):
     peer(PEFT_TRAINS, bases[family], tmp_path, json.dumps(TOKENS.tolist()))
     for name in ("lora", "rslora", "ia3", "prompt", "prefix"):
         hub.import_adapter(tmp_path / name, bases[family], tmp_path / f"{name}_run")
-        model, _, _ = train.load_run(tmp_path / f"{name}_run", "cpu", "float32")
+        model, _, _ = run.load_run(tmp_path / f"{name}_run", "cpu", "float32")
         theirs = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert (logits(model) - theirs).abs().max() < 1e-5, (name, (logits(model) - theirs).abs().max())
 
@@ -157,7 +159,7 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
         theirs = torch.load(tmp_path / f"logits_{style}", weights_only=True)
         assert (ours - theirs).abs().max() < 1e-5, (style, (ours - theirs).abs().max())
         hub.import_adapter(tmp_path / f"back_{style}", bases[family], tmp_path / f"again_{style}")      # as that library writes it
-        model, _, _ = train.load_run(tmp_path / f"again_{style}", "cpu", "float32")
+        model, _, _ = run.load_run(tmp_path / f"again_{style}", "cpu", "float32")
         assert torch.equal(logits(model), ours)
 
 
@@ -169,7 +171,7 @@ def test_out_and_in_again(bases, tmp_path, family, method, options):
     ours = make_run(bases[family], tmp_path / "run", method, options)
     hub.export(tmp_path / "run", tmp_path / "out", "adapterhub" if method == "adapter" else "peft")
     hub.import_adapter(tmp_path / "out", bases[family], tmp_path / "again")
-    model, _, config = train.load_run(tmp_path / "again", "cpu", "float32")
+    model, _, config = run.load_run(tmp_path / "again", "cpu", "float32")
     torch.testing.assert_close(logits(model), ours, rtol=0, atol=1e-5)
     assert config.method == method
 
@@ -193,7 +195,7 @@ def test_a_merged_folder_is_a_checkpoint_of_transformers(peer, bases, tmp_path):
     peer(MERGED_LOGITS, json.dumps(TOKENS.tolist()), *(tmp_path / name for name in expected))
     for name, ours in expected.items():
         assert (torch.load(tmp_path / name / "logits.pt", weights_only=True) - ours).abs().max() < 1e-5
-        assert torch.allclose(logits(hub.load_base(tmp_path / name)), ours, atol=1e-5)
+        assert torch.allclose(logits(checkpoint.load_base(tmp_path / name)), ours, atol=1e-5)
         assert data.Tokenizer.load(tmp_path / name).encode("the cat")
 
 

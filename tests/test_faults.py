@@ -30,6 +30,8 @@ import quant
 import train
 from conftest import ROOT, tiny
 from model import GPT
+from lib import checkpoint, files, run
+from lib.config import Config, command_line, read_toml
 
 SHORT = ["--max_iters", 4, "--batch_size", 4, "--eval_interval", 2, "--eval_batches", 1, "--warmup_iters", 1, "--rank", 2, "--sample_count", 0, "--dtype", "float32"]
 
@@ -43,7 +45,7 @@ def world(tmp_path_factory, script):
     tokenizer = data.Tokenizer.train([line[k] for line in lines for k in line], 300)
     torch.manual_seed(0)
     (folder / "base").mkdir()
-    hub.save_base(GPT(tiny("gpt2", vocab_size=tokenizer.vocab_size)), folder / "base")
+    checkpoint.save_base(GPT(tiny("gpt2", vocab_size=tokenizer.vocab_size)), folder / "base")
     tokenizer.save(folder / "base")
     done = script("train.py", "--base", "base", "--data", "data.jsonl", "--out_dir", "run", *SHORT, cwd=folder)
     assert done.returncode == 0, done.stderr
@@ -74,9 +76,9 @@ def refuse(refused, here):
 
 def change(path, edit):
     """Edits the content of one of our files and writes it with a right checksum."""
-    content = peft.read_file(path)
+    content = files.read_file(path)
     edit(content)
-    peft.save_file(path, content)
+    files.save_file(path, content)
 
 
 TRAIN = ["train.py", "--base", "base", "--data", "data.jsonl", "--out_dir", "new", *SHORT]
@@ -112,7 +114,7 @@ class Payload:
 
 
 def test_04_a_pickle_payload(refuse, here):
-    peft.save_file(here / "run" / "adapter.pt", {"format": 1, "kind": "adapter", "tensors": Payload()})
+    files.save_file(here / "run" / "adapter.pt", {"format": 1, "kind": "adapter", "tensors": Payload()})
     assert "adapter.pt" in refuse(*SAMPLE)
     (here / "base" / "model.safetensors").unlink()
     torch.save({"transformer.wte.weight": Payload()}, here / "base" / "pytorch_model.bin")
@@ -153,7 +155,7 @@ def test_06_disk_full_at_every_write(here, script):
         before = tree(here / "run")
         done = script("train.py", "--resume", "run", "--max_iters", 8, cwd=here, limit=("RLIMIT_FSIZE", n))
         after = tree(here / "run")
-        assert not [p for p in after if p.suffix == ".tmp"] and peft.read_file(here / "run" / "state.pt") and peft.read_adapter(here / "run" / "adapter.pt")
+        assert not [p for p in after if p.suffix == ".tmp"] and files.read_file(here / "run" / "state.pt") and peft.read_adapter(here / "run" / "adapter.pt")
         assert done.returncode in (0, 2) and len(before) <= len(after)
 
 
@@ -191,9 +193,9 @@ def test_12_not_finite(refuse, here):
 
 
 def test_13_adapter_on_the_wrong_base(refuse, here):
-    tensors = dict(hub.read_tensors(here / "base"))
+    tensors = dict(files.read_tensors(here / "base"))
     tensors["transformer.h.1.mlp.c_fc.bias"] += 1
-    hub.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
     assert "made for the base" in refuse(*SAMPLE)
     assert "the base has changed since that run" in refuse(*RESUME)
 
@@ -266,7 +268,7 @@ def test_24_bad_text(refuse, here, content, words):
 
 def test_25_token_beyond_the_vocabulary(refuse, here):
     torch.manual_seed(0)
-    hub.save_base(GPT(tiny("gpt2", vocab_size=40)), here / "base")
+    checkpoint.save_base(GPT(tiny("gpt2", vocab_size=40)), here / "base")
     assert "is beyond the vocabulary of 40" in (line := refuse(*TRAIN)) and "at index" in line
 
 
@@ -291,7 +293,7 @@ def test_28_partial_accumulation_is_weighted_by_tokens():
     losses = []
     for n in (7, 3, 1):                                          # 7; 3 + 3 + 1; seven of 1
         model = lora_model()
-        losses.append(float(train.step(model, train.make_optimizer(model, train.Config()), list(zip(tokens.split(n), targets.split(n))), 0.0)[0]))
+        losses.append(float(run.step(model, run.make_optimizer(model, Config()), list(zip(tokens.split(n), targets.split(n))), 0.0)[0]))
     assert max(losses) - min(losses) < 1e-5
 
 
@@ -302,9 +304,9 @@ def test_29_prompt_as_long_as_the_context(refuse):
 
 
 def test_30_not_finite_weight(refuse, here):
-    tensors = dict(hub.read_tensors(here / "base"))
+    tensors = dict(files.read_tensors(here / "base"))
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.inf
-    hub.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
     assert "transformer.h.1.mlp.c_fc.weight holds NaN or infinity" in refuse(*TRAIN)
 
 
@@ -339,13 +341,13 @@ def test_34_lengths_that_disagree():
 
 
 def test_35_losses_that_are_not_finite(here, refused):
-    tensors = dict(hub.read_tensors(here / "base"))
+    tensors = dict(files.read_tensors(here / "base"))
     for name, t in tensors.items():
         t.mul_(1e30 if "wte" in name else 1)
-    hub.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
     line = refused(*TRAIN, "--max_iters", 30, cwd=here)
     assert "ten steps in a row had no finite loss or gradient; the last batch is in new/bad_batch.pt" in line
-    assert peft.read_file(here / "new" / "bad_batch.pt")["step"] == 10
+    assert files.read_file(here / "new" / "bad_batch.pt")["step"] == 10
     assert len([l for l in (here / "new" / "log.jsonl").read_text().splitlines()]) >= 10
 
 
@@ -367,11 +369,11 @@ def test_38_interrupts(here, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and "python train.py --resume new goes on" in out and "once more to stop at once" in err
-    assert peft.read_file(here / "new" / "state.pt")["progress"]["step"] >= 1
+    assert files.read_file(here / "new" / "state.pt")["progress"]["step"] >= 1
 
 
 def test_38_a_second_interrupt_ends_at_once():
-    code = "import signal, time, train; train.Interrupt(); print('ready', flush=True); time.sleep(60)"
+    code = "import signal, time, train; run.Interrupt(); print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
@@ -389,7 +391,7 @@ def test_39_nothing_to_train(refuse, flags, words):
 
 def test_40_merging_twice(refuse, here, monkeypatch):
     monkeypatch.chdir(here)
-    model = hub.load_base(here / "base")
+    model = checkpoint.load_base(here / "base")
     peft.load_adapter(model, here / "run" / "adapter.pt")
     peft.merge(model)
     with pytest.raises(ValueError, match="the model is merged already"):
@@ -407,7 +409,7 @@ def test_40_merging_twice(refuse, here, monkeypatch):
 def test_exact_resume(here, method, flags, monkeypatch, capsys):
     monkeypatch.chdir(here)
     start = ["--base", "base", "--data", "data.jsonl", *SHORT, "--method", method, "--top_k", 1, "--eval_interval", 3, *flags]
-    run = lambda *args: train.train(train.command_line(list(map(str, args))))
+    run = lambda *args: train.train(command_line(list(map(str, args))))
     run(*start, "--out_dir", "whole", "--max_iters", 8)
     # the schedule looks at max_iters: an interruption, not a shorter run
     monkeypatch.setattr(train, "Interrupt", lambda: type("Soon", (), {"asked": property(lambda self: peft_steps() >= 5)})())
@@ -415,7 +417,7 @@ def test_exact_resume(here, method, flags, monkeypatch, capsys):
     run(*start, "--out_dir", "parts", "--max_iters", 8)
     monkeypatch.setattr(train, "Interrupt", lambda: type("Never", (), {"asked": False})())
     run("--resume", "parts")
-    one, two = (peft.read_file(here / name / "state.pt") for name in ("whole", "parts"))
+    one, two = (files.read_file(here / name / "state.pt") for name in ("whole", "parts"))
     assert all(torch.equal(t, two["tensors"][n]) for n, t in one["tensors"].items())
     assert all(torch.equal(t, two["optimizer"]["state"][i][n]) for i, s in one["optimizer"]["state"].items() for n, t in s.items())
     assert len(one["rng"]["cpu"]) == 1 and torch.equal(*one["rng"]["cpu"], *two["rng"]["cpu"]) and one["data"] == two["data"]
@@ -467,9 +469,9 @@ def read_quietly(read, path):
 
 
 FILES = {   # kind: file in the world, and what reads it
-    "adapter": ("run/adapter.pt", peft.read_adapter), "state": ("run/state.pt", peft.read_file), "config": ("run/config.toml", lambda p: train.Config(**train.read_toml(p))),
-    "config.json": ("base/config.json", lambda p: hub.read_config(p.parent)), "tokenizer": ("base/tokenizer.model", lambda p: data.Tokenizer.load(p)), "jsonl": ("data.jsonl", data.load),
-    "safetensors": ("base/model.safetensors", lambda p: list(hub.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, hub.read_config(p.parents[1] / "base")))}
+    "adapter": ("run/adapter.pt", peft.read_adapter), "state": ("run/state.pt", files.read_file), "config": ("run/config.toml", lambda p: Config(**read_toml(p))),
+    "config.json": ("base/config.json", lambda p: checkpoint.read_config(p.parent)), "tokenizer": ("base/tokenizer.model", lambda p: data.Tokenizer.load(p)), "jsonl": ("data.jsonl", data.load),
+    "safetensors": ("base/model.safetensors", lambda p: list(files.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, checkpoint.read_config(p.parents[1] / "base")))}
 
 
 def fuzz(here, kind, n, monkeypatch):

@@ -13,6 +13,7 @@ import hub
 import peft
 import quant
 from conftest import FAMILIES, ROOT, tiny
+from lib import checkpoint, files
 from model import GPT, Cache
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -48,7 +49,7 @@ with torch.no_grad():
 def test_checkpoints_of_transformers(family, kind, peer, tmp_path):
     peer(WRITE, tmp_path, family, kind)
     expected = torch.load(tmp_path / "expected.pt", weights_only=True)
-    model, tokens = hub.load_base(tmp_path), expected["tokens"]
+    model, tokens = checkpoint.load_base(tmp_path), expected["tokens"]
     assert (model(tokens)[0] - expected["logits"]).abs().max() < 1e-4
     cache = Cache(model.config.n_layer, 37)
     parts = [model.head(model.hidden(part, cache)) for part in tokens.split([11, 1, 7], 1)]
@@ -70,7 +71,7 @@ with torch.no_grad():
 def test_transformers_reads_what_we_write(family, peer, tmp_path):
     torch.manual_seed(0)
     model, tokens = GPT(tiny(family)), torch.randint(61, (2, 19))
-    hub.save_base(model, tmp_path)
+    checkpoint.save_base(model, tmp_path)
     torch.save(tokens, tmp_path / "tokens.pt")
     peer(READ, tmp_path)
     assert (torch.load(tmp_path / "logits.pt") - model(tokens)[0]).abs().max() < 1e-4
@@ -80,35 +81,36 @@ def test_transformers_reads_what_we_write(family, peer, tmp_path):
 def test_round_trip(family, tmp_path):
     torch.manual_seed(0)
     model = GPT(tiny(family))
-    hub.save_base(model, tmp_path)
-    again = hub.load_base(tmp_path)
-    assert hub.config_json(again.config) == hub.config_json(model.config)
+    checkpoint.save_base(model, tmp_path)
+    again = checkpoint.load_base(tmp_path)
+    assert checkpoint.config_json(again.config) == checkpoint.config_json(model.config)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.base_fingerprint == peft.fingerprint(model)
-    assert hub.load_base(tmp_path, torch.bfloat16, "nf4", 32).base_fingerprint == peft.fingerprint(model)
+    assert checkpoint.load_base(tmp_path, torch.bfloat16, "nf4", 32).base_fingerprint == peft.fingerprint(model)
 
 
 def test_quantized_while_read(tmp_path):
     model = GPT(tiny("llama"))
-    hub.save_base(model, tmp_path)
-    loaded = hub.load_base(tmp_path, torch.float32, "nf4", 32, True, ("down", "blocks.0.attn.q"))
+    checkpoint.save_base(model, tmp_path)
+    loaded = checkpoint.load_base(tmp_path, torch.float32, "nf4", 32, True, ("down", "blocks.0.attn.q"))
     expected = quant.quantize(model.blocks[1].attn.q.weight, "nf4", 32, True)
     assert torch.equal(loaded.blocks[1].attn.q.weight_q.packed, expected.packed)
     dense = [name for name, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)]
     assert dense == ["blocks.0.attn.q", "blocks.0.ffn.down", "blocks.1.ffn.down", "head"]
     with pytest.raises(ValueError, match="quant_skip: no linear layer 'dwon'"):
-        hub.load_base(tmp_path, torch.float32, "nf4", 32, True, ("dwon",))
+        checkpoint.load_base(tmp_path, torch.float32, "nf4", 32, True, ("dwon",))
 
 
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch, hub, train
-train.tune_memory()
-hub.read_config(sys.argv[2])
-before = train.peak()
-model = hub.load_base(sys.argv[2], torch.bfloat16, "nf4")
-stored = sum(v for v in train.storage_by_type(model).values())
-print(before, train.peak(), stored)
+import torch
+from lib import checkpoint, machine, run
+machine.tune_memory()
+checkpoint.read_config(sys.argv[2])
+before = machine.peak()
+model = checkpoint.load_base(sys.argv[2], torch.bfloat16, "nf4")
+stored = sum(v for v in run.storage_by_type(model).values())
+print(before, machine.peak(), stored)
 """
 
 
@@ -119,10 +121,10 @@ def test_memory_while_a_large_base_is_read(tmp_path):
         model = GPT(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     block = torch.randn(3072 * 1024) * 0.02
-    files = {hub.long_name(theirs, config): (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
-             for theirs, (ours, _) in hub.layout(config).items()}
-    hub.write_safetensors(tmp_path / "model.safetensors", files)
-    (tmp_path / "config.json").write_text(json.dumps(hub.config_json(config)))
+    tensors = {checkpoint.long_name(theirs, config): (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
+             for theirs, (ours, _) in checkpoint.layout(config).items()}
+    files.write_safetensors(tmp_path / "model.safetensors", tensors)
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config)))
     assert (tmp_path / "model.safetensors").stat().st_size > 0.6e9
     done = subprocess.run([sys.executable, "-c", PEAK, ROOT, tmp_path], capture_output=True, text=True, check=True)
     before, peak, stored = map(int, done.stdout.split())
@@ -133,21 +135,21 @@ def test_memory_while_a_large_base_is_read(tmp_path):
 def test_the_real_model(real_data):
     import data
     folder = real_data / "stories260k"
-    model, tokenizer = hub.load_base(folder), data.Tokenizer.load(folder)
+    model, tokenizer = checkpoint.load_base(folder), data.Tokenizer.load(folder)
     text = tokenizer.decode(model.generate([[tokenizer.bos]], 60, temperature=0)[0])
     assert text.startswith("Once upon a time, there was a little girl named Lily")
 
 
 def test_safetensors_by_hand(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "i": torch.arange(4)}
-    hub.write_safetensors(tmp_path / "x.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
-    again = dict(hub.read_safetensors(tmp_path / "x.safetensors"))
+    files.write_safetensors(tmp_path / "x.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    again = dict(files.read_safetensors(tmp_path / "x.safetensors"))
     assert again.keys() == tensors.keys() and all(torch.equal(tensors[n], again[n]) and tensors[n].dtype == again[n].dtype for n in tensors)
     library = pytest.importorskip("safetensors.torch")
     theirs = library.load_file(tmp_path / "x.safetensors")
     assert theirs.keys() == tensors.keys() and all(torch.equal(tensors[n], theirs[n]) for n in tensors)
     library.save_file(tensors, tmp_path / "y.safetensors", {"some": "metadata"})
-    again = dict(hub.read_safetensors(tmp_path / "y.safetensors"))
+    again = dict(files.read_safetensors(tmp_path / "y.safetensors"))
     assert again.keys() == tensors.keys() and all(torch.equal(tensors[n], again[n]) for n in tensors)
 
 
@@ -158,7 +160,7 @@ def test_safetensors_by_hand(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     torch.manual_seed(0)
-    hub.save_base(GPT(tiny("gpt2")), tmp_path)
+    checkpoint.save_base(GPT(tiny("gpt2")), tmp_path)
     return tmp_path
 
 
@@ -177,37 +179,37 @@ def change(folder, **keys):
 def test_configurations_refused(folder, keys, words):
     change(folder, **keys)
     with pytest.raises(ValueError, match=words):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
 
 
 def rewrite(folder, edit):
-    tensors = dict(hub.read_tensors(folder))
+    tensors = dict(files.read_tensors(folder))
     edit(tensors)
-    hub.write_safetensors(folder / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(folder / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
 
 
 def test_tensors_refused(folder):
     rewrite(folder, lambda t: t.update({"extra.weight": torch.ones(2)}))
     with pytest.raises(ValueError, match="1 tensors not known: extra.weight"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     rewrite(folder, lambda t: (t.pop("extra.weight"), t.pop("transformer.ln_f.bias")))
     with pytest.raises(ValueError, match="1 tensors missing: transformer.ln_f.bias"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     rewrite(folder, lambda t: t.update({"transformer.ln_f.bias": torch.full((32,), float("nan"))}))
     with pytest.raises(ValueError, match="transformer.ln_f.bias holds NaN"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     rewrite(folder, lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32, dtype=torch.int64)}))
     with pytest.raises(ValueError, match="transformer.ln_f.bias is torch.int64"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     rewrite(folder, lambda t: t.update({"transformer.ln_f.bias": torch.zeros(32), "lm_head.weight": torch.zeros(61, 32)}))
     with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
 
 
 def test_old_names_are_understood(folder):
-    expected = hub.load_base(folder)
+    expected = checkpoint.load_base(folder)
     rewrite(folder, lambda t: [t.update({name.removeprefix("transformer."): t.pop(name)}) for name in list(t)] + [t.update({"h.0.attn.bias": torch.ones(1, 1, 48, 48)})])
-    assert hub.load_base(folder).base_fingerprint == expected.base_fingerprint
+    assert checkpoint.load_base(folder).base_fingerprint == expected.base_fingerprint
 
 
 def test_broken_files(folder):
@@ -218,13 +220,13 @@ def test_broken_files(folder):
                    raw.replace(b'"F32"', b'"F64"', 1), raw.replace(b'"shape": [', b'"shape": [9', 1)):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="model.safetensors"):
-            hub.load_base(folder)
+            checkpoint.load_base(folder)
     path.unlink()
     with pytest.raises(ValueError, match="no weights there"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../etc/passwd"}}))
     with pytest.raises(ValueError, match="leads out of the folder"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
 
 
 def test_a_pickle_is_never_run(folder, tmp_path):
@@ -237,11 +239,11 @@ def test_a_pickle_is_never_run(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Payload()}))
     with pytest.raises(ValueError, match="pytorch_model.bin"):
-        hub.load_base(folder)
+        checkpoint.load_base(folder)
     assert not (tmp_path / "run").exists()
 
 
 def test_a_folder_without_a_model(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(ValueError, match="has no config.json .it has notes.txt"):
-        hub.load_base(tmp_path)
+        checkpoint.load_base(tmp_path)

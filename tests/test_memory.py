@@ -15,6 +15,8 @@ import train
 from conftest import FAMILIES, ROOT, tiny
 from memory import Tracker, estimate, max_batch, parse_size, simulate
 from model import PRESETS
+from lib import machine, run
+from lib.config import Config
 
 
 def test_the_slide():
@@ -40,16 +42,16 @@ def counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulati
         for t in (*model.parameters(), *model.buffers()):
             t.zero_() if not t.is_floating_point() else t.fill_(0.01)
     model.checkpointing = checkpointing
-    optimizer = train.make_optimizer(model.train(), train.Config())
+    optimizer = run.make_optimizer(model.train(), Config())
     g = torch.Generator().manual_seed(0)
 
     def batches():
         return [tuple(torch.randint(config.vocab_size, (2, batch, seq), generator=g)) for _ in range(accumulation)]
-    train.step(model, optimizer, batches(), 1.0)
+    run.step(model, optimizer, batches(), 1.0)
     quant._local.__dict__.clear()
     quant._tables.clear()
     with Tracker(model, optimizer) as tracker:
-        train.step(model, optimizer, batches(), 1.0, finite=lambda *_: True)
+        run.step(model, optimizer, batches(), 1.0, finite=lambda *_: True)
     return tracker.report()
 
 
@@ -117,7 +119,7 @@ def test_qlora_keeps_no_more_activations_than_lora():
 
 
 def test_a_65b_model_on_a_laptop():
-    code = "import time, memory, train; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; print(time.time() - t, train.peak(), n)"
+    code = "import time, memory; from lib import machine; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; print(time.time() - t, machine.peak(), n)"
     seconds, resident, peak = map(float, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     assert seconds < 20 and resident < 1e9 and 40e9 < peak < 60e9
 

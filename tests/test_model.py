@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 import model as model_file
+from lib import kernels
 from conftest import FAMILIES, saved_bytes, tiny
 from model import GPT, PRESETS, Cache, GPTConfig, cross_entropy, sample
 
@@ -112,11 +113,11 @@ def test_rms_norm():
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_attention_in_parts(B, H, K, T, S, dtype, bound, monkeypatch):
     """Heads that share keys, parts of queries and of heads, keys before the queries' own: against the softmax written out in float64."""
-    monkeypatch.setattr(model_file, "chunks", lambda rows, *_: rows.split(3))
+    monkeypatch.setattr(kernels, "chunks", lambda rows, *_: rows.split(3))
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, t, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for t, h in ((T, H), (S, K), (S, K)))
     g = torch.randn(B, H, T, 8, dtype=dtype)
-    y = model_file.CausalAttention.apply(q, k, v)
+    y = kernels.CausalAttention.apply(q, k, v)
     double = [t.detach().double().requires_grad_() for t in (q, k, v)]
     Q, (K_, V_) = double[0], (t.repeat_interleave(H // K, 1) for t in double[1:])
     seen = torch.arange(S) <= torch.arange(S - T, S).unsqueeze(1)

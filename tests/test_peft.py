@@ -12,6 +12,7 @@ import peft
 import quant
 from conftest import FAMILIES, tiny
 from model import GPT, PRESETS
+from lib import files
 
 SINGLE = [name for name in peft.METHODS if name != "qlora"]
 COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n)]
@@ -342,7 +343,7 @@ def test_files_that_are_refused(tmp_path, change, words):
     change(content)
     if words.startswith("lacks"):
         content["parameters"] -= 64
-    peft.save_file(tmp_path / "b", content)
+    files.save_file(tmp_path / "b", content)
     model = base("gpt2")
     with pytest.raises(ValueError, match=words):
         peft.load_adapter(model, tmp_path / "b")

@@ -11,6 +11,7 @@ import peft
 import plot
 from conftest import tiny
 from model import GPT
+from lib import checkpoint
 
 pytest.importorskip("matplotlib")
 
@@ -53,7 +54,7 @@ def test_memory_adds_up():
 
 
 def test_codebooks(tmp_path):
-    hub.save_base(GPT(tiny("gpt2")), tmp_path)
+    checkpoint.save_base(GPT(tiny("gpt2")), tmp_path)
     fig = plot.codebooks([tmp_path / "model.safetensors"])
     assert [ax.get_title().split(":")[0] for ax in fig.axes] == ["nf4", "linear4", "int4"]
 

@@ -12,6 +12,8 @@ import peft
 import train
 from conftest import ROOT, tiny
 from model import GPT
+from lib import checkpoint, run
+from lib.config import Config, write_toml
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +23,16 @@ def folders(tmp_path_factory):
     tokenizer = data.Tokenizer.train(["the café sat on the mat – twice"] * 3, 300)
     torch.manual_seed(0)
     (folder / "base").mkdir()
-    hub.save_base(GPT(tiny("llama", vocab_size=tokenizer.vocab_size)), folder / "base")
+    checkpoint.save_base(GPT(tiny("llama", vocab_size=tokenizer.vocab_size)), folder / "base")
     tokenizer.save(folder / "base")
-    model = hub.load_base(folder / "base")
+    model = checkpoint.load_base(folder / "base")
     peft.apply(model, "lora", rank=2)
     for name, p, _ in peft.named(model):
         if name.endswith(".B"):
             p.data.normal_(std=0.3)
     (folder / "run").mkdir()
     peft.save_adapter(model, folder / "run" / "adapter.pt")
-    (folder / "run" / "config.toml").write_text(train.write_toml(train.Config(method="lora", rank=2, base=str(folder / "base"), dtype="float32")))
+    (folder / "run" / "config.toml").write_text(write_toml(Config(method="lora", rank=2, base=str(folder / "base"), dtype="float32")))
     hub.merge_run(folder / "run", folder / "merged")
     return folder
 
@@ -40,8 +42,8 @@ def test_streamed_text_is_the_text(folders, monkeypatch, capsys):
     for prompt in ("the cat", ""):
         args = sample.parse([str(folders / "run"), "--prompt", prompt, "--max_new_tokens", "25", "--dtype", "float32"])
         sample.main(args)
-        model, tokenizer, _ = train.load_run(folders / "run", "cpu", "float32")
-        expected = train.sample_text(model, tokenizer, [prompt], 25)[0]
+        model, tokenizer, _ = run.load_run(folders / "run", "cpu", "float32")
+        expected = run.sample_text(model, tokenizer, [prompt], 25)[0]
         assert capsys.readouterr().out == f"{prompt} {expected}\n" if prompt else f"{expected}\n"
 
 

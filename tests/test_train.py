@@ -15,7 +15,9 @@ import peft
 import train
 from conftest import ROOT
 from model import GPT, GPTConfig
-from train import Config, command_line, learning_rate, step
+from lib import run
+from lib.config import FIELDS, Config, command_line, read_toml, write_toml
+from lib.run import learning_rate, step
 
 TINY = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
 
@@ -31,7 +33,7 @@ def test_help_is_quick_and_does_without_torch():
         seconds.append(time.perf_counter() - start)
     assert done.returncode == 0 and min(seconds) < 0.5
     assert "import time" in done.stderr and "torch" not in done.stderr
-    for name in train.FIELDS:
+    for name in FIELDS:
         assert f"--{name} " in done.stdout
 
 
@@ -88,12 +90,12 @@ def test_mistakes_in_a_file(tmp_path, text, words):
 def test_configuration_survives_its_file(tmp_path_factory, text, number, switch):
     path = tmp_path_factory.mktemp("toml") / "config.toml"
     config = Config(prompt_init=text, learning_rate=number, compile=switch)
-    path.write_text(train.write_toml(config), encoding="utf-8")
-    assert Config(**train.read_toml(path)) == config
+    path.write_text(write_toml(config), encoding="utf-8")
+    assert Config(**read_toml(path)) == config
 
 
 def test_defaults_agree_with_peft():
-    ours = {name: field.default for name, field in train.FIELDS.items()}
+    ours = {name: field.default for name, field in FIELDS.items()}
     assert {name: value for name, value in peft.DEFAULTS.items() if name in ours} == {name: ours[name] for name in peft.DEFAULTS if name in ours}
     assert set(peft.DEFAULTS) - set(ours) <= {"prompt_ids"}
 
@@ -123,7 +125,7 @@ def test_accumulation_gives_what_one_batch_gives(sizes):
     results = []
     for parts in ((8,), sizes):
         model = lora_model()
-        optimizer = train.make_optimizer(model, Config(learning_rate=5e-3, lora_plus_ratio=1.0))
+        optimizer = run.make_optimizer(model, Config(learning_rate=5e-3, lora_plus_ratio=1.0))
         for _ in range(3):
             loss, norm = step(model, optimizer, list(zip(tokens.split(parts), targets.split(parts))), 1.0)
         results.append((loss, norm, *peft.adapter_state_dict(model).values()))
@@ -134,26 +136,26 @@ def test_accumulation_gives_what_one_batch_gives(sizes):
 def test_loss_is_the_mean_over_supervised_tokens():
     model, (tokens, targets) = lora_model(), batch(5)
     expected = torch.nn.functional.cross_entropy(model(tokens)[0].flatten(0, 1), targets.flatten(), ignore_index=-1)
-    loss, _ = step(model, train.make_optimizer(model, Config()), [(tokens, targets)], 0.0)
+    loss, _ = step(model, run.make_optimizer(model, Config()), [(tokens, targets)], 0.0)
     torch.testing.assert_close(loss, expected.detach())
 
 
 def test_a_step_that_is_not_finite_changes_nothing():
     model = lora_model()
-    optimizer = train.make_optimizer(model, Config())
+    optimizer = run.make_optimizer(model, Config())
     step(model, optimizer, [batch(2)], 1.0)
     before = {name: t.clone() for name, t in peft.adapter_state_dict(model).items()}
     moments = [t.clone() for state in optimizer.state.values() for t in state.values()]
     model.norm.weight.data[0] = math.nan
     loss, norm = step(model, optimizer, [batch(2)], 1.0)
-    assert not train.numbers_are_finite(loss, norm)
+    assert not run.numbers_are_finite(loss, norm)
     assert all(torch.equal(before[name], t) for name, t in peft.adapter_state_dict(model).items())
     assert all(torch.equal(a, b) for a, b in zip(moments, (t for state in optimizer.state.values() for t in state.values())))
 
 
 def test_a_batch_with_nothing_supervised_is_harmless():
     model, (tokens, targets) = lora_model(), batch(2)
-    loss, norm = step(model, train.make_optimizer(model, Config()), [(tokens, torch.full_like(targets, -1))], 1.0)
+    loss, norm = step(model, run.make_optimizer(model, Config()), [(tokens, torch.full_like(targets, -1))], 1.0)
     assert loss == 0 and norm == 0
 
 

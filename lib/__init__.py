@@ -1,0 +1,1 @@
+"""What the lecture's files stand on."""
