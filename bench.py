@@ -45,6 +45,12 @@ def median_time(function, n, sync=lambda: None):
     return seconds
 
 
+def storage(job):
+    """The quant.Storage of a job, or None."""
+    import quant
+    return quant.Storage(job["quant"], double=job["double"]) if job["quant"] else None
+
+
 def setting(job):
     """(model, optimizer, batches) of a job: model from a folder or a preset, LoRA's B random so that every product counts."""
     from lib import checkpoint, machine, run
@@ -55,7 +61,7 @@ def setting(job):
         machine.tune_memory()
     config = Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
     torch.manual_seed(0)
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), config.quant or None, double=job["double"], device=device)
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job), device)
     peft.apply(model, config.method, rank=config.rank)
     model.checkpointing = job.get("checkpointing", False)
     g = torch.Generator().manual_seed(1)
@@ -119,7 +125,7 @@ def ours_generate(job):
     from lib import checkpoint, machine
     import torch
     device = machine.pick_device(job["device"])
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None, device=device).eval()
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job), device).eval()
     g = torch.Generator().manual_seed(0)
     prompts = [torch.randint(model.config.vocab_size, (int(n),), generator=g).tolist() for n in torch.randint(8, 40, (job["batch"],), generator=g)]
     together = median_time(lambda: model.generate(prompts, 32, temperature=0), 3)
@@ -134,7 +140,7 @@ def ours_load(job):
     import peft
     before = machine.resident()
     start = time.perf_counter()
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), job["quant"] or None)
+    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job))
     seconds = time.perf_counter() - start
     return {"seconds": [seconds], "peak": machine.peak() - before, "held": sum(run.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
 
@@ -390,7 +396,7 @@ def bench_grow(job, args):
                 changed["base"] = base_folder(value, Path(folder))
             r = ours(changed | {"what": "grow"})
             expected = memory.simulate(checkpoint.read_config(changed["base"]), job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu",
-                                       job["quant"] or None, rank=changed["rank"])["peak"]
+                                       storage(job), rank=changed["rank"])["peak"]
         report.append({"what": what, "value": value, "seconds": statistics.median(r["seconds"]), "counted": r["counted"], "predicted": expected})
         print(f"  {what:6}{value!s:>12}  {report[-1]['seconds']:7.2f} s a step  {r['counted'] / 1e6:9.1f} MB counted  {expected / 1e6:9.1f} MB predicted", flush=True)
     return report

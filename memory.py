@@ -18,7 +18,7 @@ import functools
 import json
 import sys
 import weakref
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch._subclasses import FakeTensorMode
@@ -170,7 +170,7 @@ class Tracker(TorchDispatchMode):
 # the simulation
 
 
-def fake_model(config, method, dtype, scheme, block_size, double, skip, options):
+def fake_model(config, method, dtype, storage, options):
     """A GPT as checkpoint.load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     model = GPT(config, dtype)
     model.base_fingerprint = "simulated"
@@ -179,46 +179,26 @@ def fake_model(config, method, dtype, scheme, block_size, double, skip, options)
             setattr(module, name, torch.nn.Parameter(torch.empty_like(p, dtype=dtype), requires_grad=False))
     if config.tied:
         model.head.weight = model.embed.tokens.weight
-    for parent, name, linear in peft.linears(model) if scheme else ():
-        if name not in skip:
-            q = quant.QuantizedTensor.empty(linear.weight.shape, scheme, block_size, double, dtype)
-            new = quant.QuantLinear.from_quantized(q)
-            new.bias = linear.bias
-            setattr(parent, name, new)
+    if storage:
+        quant.store(model, storage, empty=True)
     peft.apply(model, method, **options)
     return model
 
 
-@contextmanager
-def simulated(device):
-    """Within it the model takes that device's path. Of its chunks the first two and the last: the others find memory as the second did."""
-    every, own, device = kernels.chunks, kernels.CausalAttention.DEVICES, torch.device(device)
-
-    def few(rows, V, at=None):
-        parts = every(rows, V, at and device)
-        return parts if len(parts) < 4 else (*parts[:2], parts[-1])
-    kernels.chunks, kernels.CausalAttention.DEVICES = few, own & {device.type}
-    try:
-        with quant.simulated(device.type):
-            yield
-    finally:
-        kernels.chunks, kernels.CausalAttention.DEVICES = every, own
-
-
-def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", scheme=None, block_size=64, double=True, skip=(),
-             checkpointing=False, accumulation=1, grad_clip=1.0, smoothing=0.0, offload=False, **options):
+def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", storage=None, checkpointing=False,
+             gradient_accumulation_steps=1, grad_clip=1.0, label_smoothing=0.0, offload=False, **options):
     """The peak of one training step, without the memory: {"peak", "parts", "layers"}, bytes.
 
-    config: GPTConfig or a name of PRESETS; method and options as for peft.apply; batch x seq: a micro-batch, of which accumulation
-    make a step; scheme, block_size, double, skip: the base in storage (qlora: nf4); device: "cuda" or "cpu", whose rounding and
+    config: GPTConfig or a name of PRESETS; method and options as for peft.apply; batch x seq: a micro-batch, of which
+    gradient_accumulation_steps make a step; storage: quant.Storage of the base (None: as the method has it); device: "cuda" or "cpu", whose rounding and
     kernels are assumed. On "cuda" the parts hold the context and cuBLAS's workspace as constants. The first step's own peak can be
     lower: Adam's states are counted as being there.
     """
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
-    scheme = scheme or ("nf4" if "qlora" in method.split("+") else None)
-    with FakeTensorMode(), simulated(device):
-        model = fake_model(config, method, dtype, scheme, block_size, double, skip, options)
+    storage = storage or peft.default_storage(method)
+    with FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
+        model = fake_model(config, method, dtype, storage, options)
         model.checkpointing = checkpointing
         optimizer = run.make_optimizer(model, Config())
         for p in model.parameters():
@@ -227,8 +207,8 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         optimizer.zero_grad(set_to_none=True)
         model.train()
         with Tracker(model, optimizer, device) as tracker:
-            tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(accumulation)]
-            run.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, smoothing, finite=lambda *_: True,
+            tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(gradient_accumulation_steps)]
+            run.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, label_smoothing, finite=lambda *_: True,
                        saving=(lambda: elsewhere(model)) if offload else nullcontext)
         report = tracker.report()
     if device == "cuda":
@@ -390,7 +370,7 @@ def parse(args):
     parser.add_argument("--method", default="full,lora,qlora", help="as for train.py; several, joined by commas, are compared")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--offload", action="store_true", help="saved activations go to the host")
     parser.add_argument("--quant", default="", choices=("", *quant.SCHEMES), help="the base in storage; qlora: nf4")
@@ -413,7 +393,7 @@ def fitting(config, method, memory, args, settings):
     n = max_batch(config, memory, method, args.seq, args.grow, args.batch, **settings)
     if n:
         return f"{method}: {'batch ' + str(n) + f' of {args.seq} tokens' if args.grow == 'batch' else f'sequences of {n} tokens, batch {args.batch}'}"
-    least = {other: simulate(config, other, 1, 1 if args.grow == "seq" else args.seq, **settings | {"scheme": None})["peak"] for other in ("lora", "qlora")}
+    least = {other: simulate(config, other, 1, 1 if args.grow == "seq" else args.seq, **settings | {"storage": None})["peak"] for other in ("lora", "qlora")}
     best = min(least, key=least.get)
     would = f"{best} would fit" if least[best] <= memory else f"not even {best}, which takes {gb(least[best])}, fits"
     return f"{method}: does not fit at batch 1; {would}"
@@ -426,8 +406,8 @@ def main(args):
             print(line, flush=True)
         return
     config, memory = load_config(args.model), parse_size(args.fit) if args.fit else None
-    settings = {name: getattr(args, name) for name in (*peft.DEFAULTS, "device", "checkpointing", "accumulation", "offload") if name != "prompt_ids"}
-    settings |= {"dtype": getattr(torch, args.dtype), "scheme": args.quant or None}
+    settings = {name: getattr(args, name) for name in (*peft.DEFAULTS, "device", "checkpointing", "gradient_accumulation_steps", "offload") if name != "prompt_ids"}
+    settings |= {"dtype": getattr(torch, args.dtype), "storage": quant.Storage(args.quant, double=True) if args.quant else None}
     methods = args.method.split(",")
     if args.fit:
         for method in methods:

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.kernels import CausalAttention, RMSNorm, cross_entropy
+from lib.kernels import CausalAttention, RMSNorm, cross_entropy, device_type
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Norm(nn.Module):
     def forward(self, x):
         weight = self.weight.to(x.dtype)
         if self.kind == "rms":
-            return RMSNorm.apply(x, weight, self.eps) if x.device.type == "cpu" else F.rms_norm(x, weight.shape, weight, self.eps)
+            return RMSNorm.apply(x, weight, self.eps) if device_type(x) == "cpu" else F.rms_norm(x, weight.shape, weight, self.eps)
         return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
 
 
@@ -179,7 +179,7 @@ class Attention(nn.Module):
         keys are seen by all.
         """
         T, S = q.size(2), k.size(2)
-        if mask is None and q.device.type in CausalAttention.DEVICES and not torch.compiler.is_compiling():
+        if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
             return CausalAttention.apply(q, k, v)
         if mask is None and S > T:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
@@ -332,7 +332,7 @@ class GPT(nn.Module):
                 x = block(x, rope, mask, cache.layers[i] if cache is not None else None)
         return self.norm(x[:, -T:])
 
-    def forward(self, tokens, targets=None, smoothing=0.0):
+    def forward(self, tokens, targets=None, label_smoothing=0.0):
         """tokens (B, T) int64. Without targets: (logits (B, T, vocab_size), None).
 
         With targets (B, T), -1 where ignored: (None, mean cross-entropy, with label smoothing), the logits in chunks.
@@ -340,7 +340,7 @@ class GPT(nn.Module):
         x = self.hidden(tokens)
         if targets is None:
             return self.head(x), None
-        return None, cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), smoothing)
+        return None, cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), label_smoothing)
 
     def num_params(self):
         """Parameters by their logical shapes, the tied head once."""

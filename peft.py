@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import quant
 from lib.files import check, combine_hashes, read_file, sample_hash, save_file, some
 
-TARGETS = ("q", "k", "v", "out", "up", "gate", "down")     # the linear layers of a block, as model.py names them
+TARGETS = quant.LINEAR_LAYERS
 
 
 # -----------------------------------------------------------------------------
@@ -81,11 +81,14 @@ def add_lora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False
     return f"lora: r {rank}, s {s:g}, wrapped {len(found)} of {len(present)} linear layers"
 
 
+QLORA = quant.Storage("nf4", block=64, double=True)          # what qlora means where nothing else is asked for
+
+
 def add_qlora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False):
     """QLoRA (Dettmers et al. 2023): LoRA over a base in NF4 with double quantization, quantized here where it is not yet."""
     fingerprint(model)                                         # of the base as it came
     if not any(isinstance(m, quant.QuantLinear) for m in model.modules()):
-        quant.quantize_model(model, "nf4", double=True)
+        quant.store(model, QLORA)
     return add_lora(model, rank, alpha, dropout, targets, rslora)
 
 
@@ -364,6 +367,11 @@ def apply(model, method, **options):
     return report
 
 
+def default_storage(method):
+    """The Storage that the methods' names imply: qlora's, or None."""
+    return QLORA if "qlora" in method_names(method) else None
+
+
 def virtual_positions(method, options):
     """Positions of the context that the methods take from the tokens."""
     names, options = method_names(method), DEFAULTS | options
@@ -469,7 +477,7 @@ def merged_linear(module, linear, dtype, requantize):
         weight, bias = wrapper.merged(weight, bias)
     if quantized and requantize:
         q = base.weight_q
-        return quant.QuantLinear.from_quantized(quant.quantize(weight.to(q.dtype), q.scheme, q.block_size, q.double), bias, base.compute_dtype)
+        return quant.QuantLinear.from_quantized(quant.quantize(weight.to(q.dtype), q.scheme, q.block, q.double), bias, base.compute_dtype)
     new = linear(base.in_features, base.out_features, bias=bias is not None, device="meta")
     new.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
     new.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)

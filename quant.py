@@ -5,9 +5,9 @@ linear layer; and QLoRA's autograd Function by hand. Plain torch operations, so 
     python quant.py                                       # the slide's example, the codes, the error table
     python -m pytest -q tests/test_quant.py               # bit for bit with bitsandbytes where it is installed
 
-    q = quantize(weight, "nf4", block_size=64, double=True)     # QuantizedTensor
+    q = quantize(weight, "nf4", block=64, double=True)     # QuantizedTensor
     w = q.dequantize(torch.bfloat16)                            # Tensor of weight's shape
-    n_wrapped, n_linear = quantize_model(model, "nf4")          # in place
+    n_stored, n_linear = store(model, Storage("nf4"))           # in place
 
 Every scheme here is absmax quantization: a block of weights is divided by its largest magnitude and each quotient
 becomes the index of the nearest level. What is stored is the index and, once a block, the magnitude.
@@ -26,6 +26,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from lib.kernels import device_type, simulating
+
 # -----------------------------------------------------------------------------
 # levels
 
@@ -39,7 +41,7 @@ LEVELS = {
     "int4": tuple((k - 8) / 7 for k in range(16)),          # integers [-8, 7] over 7, so that absmax and zero are exact;
 }                                                           # -8 is therefore never written. |error| <= absmax / 14
 SCHEMES = (*LEVELS, "int8")
-BLOCK_SIZES = tuple(2**i for i in range(4, 13))
+BLOCKS = tuple(2**i for i in range(4, 13))
 NESTED_BLOCK = 256        # scales a group of double quantization
 CHUNK = 2**19             # elements worked on at a time on a CPU, so that intermediate results stay in its cache
 
@@ -88,18 +90,18 @@ def unpack4(packed, n):
 # memory and tables that are kept
 
 
-_tables, _local, _fakes = {}, threading.local(), None
+_tables, _local = {}, threading.local()
 
 
 @contextmanager
-def simulated(device):
-    """Within it fake tensors count as memory of "cpu" or "cuda", and take that device's path; tables and buffers are its own (memory.py)."""
-    global _tables, _local, _fakes
-    before, (_tables, _local, _fakes) = (_tables, _local, _fakes), ({}, threading.local(), device)
+def simulated():
+    """Within it tables and buffers are its own, because they are fake ones (memory.py)."""
+    global _tables, _local
+    before, (_tables, _local) = (_tables, _local), ({}, threading.local())
     try:
         yield
     finally:
-        _tables, _local, _fakes = before
+        _tables, _local = before
 
 
 def kept():
@@ -122,7 +124,7 @@ def _table(make, scheme, device):
             table = make(scheme)
         with torch.inference_mode(False):
             _tables[key] = torch.empty(table.shape, dtype=table.dtype, device=device)       # in two steps: a fake one has no content
-            if not _fakes:
+            if not simulating():
                 _tables[key].copy_(table)
     return _tables[key]
 
@@ -142,7 +144,7 @@ def _buffer(use, n, dtype):
 
 def _plain(tensor):
     """Whether this is a CPU's memory, to work on in place: not an accelerator's, not being traced."""
-    return tensor.device.type == "cpu" and (type(tensor) in (torch.Tensor, nn.Parameter) or _fakes == "cpu") and not torch.compiler.is_compiling()
+    return device_type(tensor) == "cpu" and (simulating() or type(tensor) in (torch.Tensor, nn.Parameter)) and not torch.compiler.is_compiling()
 
 
 def _step(block, device):
@@ -291,12 +293,12 @@ def _decode_fused(*arguments):
 
 def _decode_all(packed, scales, scheme, n, block, out):
     """A chunk at a time, so that no intermediate result is as large as the weight."""
-    if _fakes == "cuda" or out.device.type == "cuda" and _decode_fused(packed, scales, scheme, n, block, out):
+    if device_type(out) == "cuda" and (simulating() or _decode_fused(packed, scales, scheme, n, block, out)):
         return
     decode = _decode_cpu if _plain(packed) else _decode
     per_byte = 1 if scheme == "int8" else 2
     step = _step(block, out.device)
-    for i in range(0, min(n, step) if _fakes else n, step):     # for memory one chunk is like another
+    for i in range(0, min(n, step) if simulating() else n, step):     # for memory one chunk is like another
         m = min(step, n - i)
         decode(packed[i // per_byte:-(-(i + m) // per_byte)], scales[i // block:-(-(i + m) // block)], scheme, m, block, out[i:i + m])
 
@@ -316,7 +318,7 @@ class QuantizedTensor:
     """
     shape: torch.Size
     scheme: str
-    block_size: int | None        # None: per row
+    block: int | None        # None: per row
     dtype: torch.dtype            # of the weight it came from
     packed: torch.Tensor
     absmax: torch.Tensor
@@ -324,7 +326,7 @@ class QuantizedTensor:
     offset: torch.Tensor | None = None
 
     def __post_init__(self):
-        lengths = _lengths(self.shape, self.scheme, self.block_size, self.double)
+        lengths = _lengths(self.shape, self.scheme, self.block, self.double)
         for name, tensor in self.tensors().items():
             if tensor.numel() != lengths[name]:
                 raise ValueError(f"{name} holds {tensor.numel()} values; {self.scheme} of shape {tuple(self.shape)} needs {lengths[name]}")
@@ -335,9 +337,9 @@ class QuantizedTensor:
         return self.absmax2 is not None
 
     @property
-    def block(self):
-        """Weights that share a scale."""
-        return _block(self.shape, self.block_size)
+    def weights_per_scale(self):
+        """How many weights share a scale: the block, or the length of a row."""
+        return _block(self.shape, self.block)
 
     @property
     def nbytes(self):
@@ -350,8 +352,8 @@ class QuantizedTensor:
 
     @property
     def meta(self):
-        """(shape, scheme, block_size, dtype): what is not a tensor."""
-        return self.shape, self.scheme, self.block_size, self.dtype
+        """(shape, scheme, block, dtype): what is not a tensor."""
+        return self.shape, self.scheme, self.block, self.dtype
 
     def numel(self):
         """Number of weights, not of bytes."""
@@ -380,76 +382,76 @@ class QuantizedTensor:
         """
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
-        arguments = self.packed, self.scales(), self.scheme, self.numel(), self.block, out.view(-1)
+        arguments = self.packed, self.scales(), self.scheme, self.numel(), self.weights_per_scale, out.view(-1)
         _decode(*arguments) if torch.compiler.is_compiling() else _decode_all(*arguments)
         return out
 
     @classmethod
-    def empty(cls, shape, scheme, block_size=64, double=False, dtype=torch.float32, device=None):
+    def empty(cls, shape, scheme, block=64, double=False, dtype=torch.float32, device=None):
         """One of that shape with nothing in it yet."""
-        block_size = None if block_size == "row" else block_size
-        _check_spec(scheme, block_size)
+        block = None if block == "row" else block
+        _check_spec(scheme, block)
         kinds = {"packed": torch.int8 if scheme == "int8" else torch.uint8, "absmax": torch.uint8 if double else torch.float32}
         tensors = [torch.empty(() if name == "offset" else n, dtype=kinds.get(name, torch.float32), device=device)
-                   for name, n in _lengths(shape, scheme, block_size, double).items()]
-        return cls(torch.Size(shape), scheme, block_size, dtype, *tensors)
+                   for name, n in _lengths(shape, scheme, block, double).items()]
+        return cls(torch.Size(shape), scheme, block, dtype, *tensors)
 
     def state_dict(self):
         """Plain values and tensors: torch.load(weights_only=True) reads it back."""
-        meta = {"shape": list(self.shape), "scheme": self.scheme, "block_size": self.block_size, "dtype": str(self.dtype).removeprefix("torch.")}
+        meta = {"shape": list(self.shape), "scheme": self.scheme, "block": self.block, "dtype": str(self.dtype).removeprefix("torch.")}
         return meta | self.tensors()
 
     @classmethod
     def from_state(cls, state):
         """The inverse of state_dict. ValueError where keys, types or lengths do not fit, before anything is allocated."""
-        missing = {"shape", "scheme", "block_size", "dtype", "packed", "absmax"} - state.keys()
+        missing = {"shape", "scheme", "block", "dtype", "packed", "absmax"} - state.keys()
         if missing:
             raise ValueError(f"quantized tensor lacks {', '.join(sorted(missing))}")
         dtype = getattr(torch, str(state["dtype"]), None)
-        _check_spec(state["scheme"], state["block_size"])
-        return cls(torch.Size(state["shape"]), state["scheme"], state["block_size"], dtype, state["packed"], state["absmax"],
+        _check_spec(state["scheme"], state["block"])
+        return cls(torch.Size(state["shape"]), state["scheme"], state["block"], dtype, state["packed"], state["absmax"],
                    state.get("absmax2"), state.get("offset"))
 
 
-def _block(shape, block_size):
-    return block_size or (shape[-1] if len(shape) else 1)
+def _block(shape, block):
+    return block or (shape[-1] if len(shape) else 1)
 
 
-def _lengths(shape, scheme, block_size, double):
+def _lengths(shape, scheme, block, double):
     n = math.prod(shape)
-    blocks = -(-n // _block(shape, block_size))
+    blocks = -(-n // _block(shape, block))
     lengths = {"packed": n if scheme == "int8" else (n + 1) // 2, "absmax": blocks}
     return lengths | ({"absmax2": -(-blocks // NESTED_BLOCK), "offset": 1} if double else {})
 
 
-def _check_spec(scheme, block_size):
+def _check_spec(scheme, block):
     if scheme not in SCHEMES:
         near = difflib.get_close_matches(str(scheme), SCHEMES) or SCHEMES
         raise ValueError(f"unknown scheme {scheme!r}; nearest: {', '.join(near)}")
-    if block_size is not None and (type(block_size) is not int or block_size not in BLOCK_SIZES):
-        raise ValueError(f"block_size is {block_size!r}; it must be a power of two from 16 to 4096, or 'row'")
+    if block is not None and (type(block) is not int or block not in BLOCKS):
+        raise ValueError(f"block is {block!r}; it must be a power of two from 16 to 4096, or 'row'")
 
 
-def quantize(weight, scheme, block_size=64, double=False, name="weight"):
+def quantize(weight, scheme, block=64, double=False, name="weight"):
     """Tensor of any shape, float32, bfloat16 or float16 -> QuantizedTensor.
 
-    scheme: "nf4", "linear4", "int4" or "int8". block_size: 16 .. 4096, elements in row-major order that share a scale;
+    scheme: "nf4", "linear4", "int4" or "int8". block: 16 .. 4096, elements in row-major order that share a scale;
     None or "row": the last dimension (with int8: LLM.int8, Dettmers et al. 2022). double: the scales in 8 bits (QLoRA, section 3).
     ValueError for anything else, and for a weight that is not finite (`name` says which).
     """
-    block_size = None if block_size == "row" else block_size
-    _check_spec(scheme, block_size)
+    block = None if block == "row" else block
+    _check_spec(scheme, block)
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name} is {weight.dtype}; only float32, bfloat16 and float16 weights can be quantized")
     if weight.numel() == 0:
         raise ValueError(f"{name} is empty: shape {tuple(weight.shape)}")
     weight = weight.detach()
-    encoded = _encode(weight.reshape(-1), scheme, _block(weight.shape, block_size))
+    encoded = _encode(weight.reshape(-1), scheme, _block(weight.shape, block))
     if encoded is None:
         bad = (~weight.isfinite()).nonzero()
         raise ValueError(f"{name} holds NaN or infinity: {len(bad)} of {weight.numel()} values, the first at {bad[0].tolist()}")
     packed, absmax = encoded
-    return QuantizedTensor(weight.shape, scheme, block_size, weight.dtype, packed, *(_encode_scales(absmax) if double else (absmax,)))
+    return QuantizedTensor(weight.shape, scheme, block, weight.dtype, packed, *(_encode_scales(absmax) if double else (absmax,)))
 
 
 def _encode_scales(absmax):
@@ -548,7 +550,7 @@ def lora_linear(x, W, bias, A, B, s, dropout=0.0, training=False):
         if torch.compiler.is_compiling():               # a compiler keeps track of the mask itself
             low = F.linear(F.dropout(x, dropout), A.to(x.dtype))
             return lora_linear(x, W, bias, None, None, s) + s * F.linear(low, B.to(x.dtype))
-        seed = 0 if _fakes else int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
+        seed = 0 if simulating() else int(torch.randint(2**62, ()))            # on the CPU's generator, so that checkpointing restores it
     meta, tensors = (None, (W,)) if isinstance(W, torch.Tensor) else (W.meta, W.tensors().values())
     return LoRALinear.apply(x, A, B, bias, s, dropout, seed, meta, *tensors)
 
@@ -571,14 +573,19 @@ class QuantLinear(nn.Module):
         return cls(q, bias, compute_dtype)
 
     @classmethod
-    def from_linear(cls, linear, scheme, block_size=64, double=False, name="weight", compute_dtype=None):
+    def from_linear(cls, linear, scheme, block=64, double=False, name="weight", compute_dtype=None):
         """An nn.Linear in storage; name is told where its weight is refused."""
-        return cls(quantize(linear.weight, scheme, block_size, double, name), linear.bias, compute_dtype)
+        return cls(quantize(linear.weight, scheme, block, double, name), linear.bias, compute_dtype)
 
     @property
     def weight_q(self):
         """The weight, (out, in), as a QuantizedTensor on the layer's own memory."""
         return QuantizedTensor(*self.meta, *(getattr(self, name) for name in self.names))
+
+    def fill(self, q):
+        """Takes over the content of q, a QuantizedTensor of the same shape and storage."""
+        for name, tensor in q.tensors().items():
+            setattr(self, name, tensor)
 
     def make_parameters(self):
         """Makes frozen parameters of the stored tensors, because FSDP divides parameters alone; not of `offset`, one number."""
@@ -605,25 +612,57 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self):
         q = self.weight_q
-        return f"{self.in_features}, {self.out_features}, {q.scheme}, block_size={q.block_size or 'row'}, double={q.double}, bias={self.bias is not None}"
+        return f"{self.in_features}, {self.out_features}, {q.scheme}, block={q.block or 'row'}, double={q.double}, bias={self.bias is not None}"
 
 
-def quantize_model(model, scheme, block_size=64, double=False, skip=(), targets=("q", "k", "v", "out", "up", "gate", "down")):
-    """Replace the linear layers whose last name component is in targets by QuantLinear, in place, one at a time.
+@dataclass(frozen=True)
+class Storage:
+    """How a base's linear layers are stored. skip: layers that stay as they are, by their last names or in full."""
+    scheme: str
+    block: int | None = 64        # weights that share a scale; None: a row
+    double: bool = False          # the scales in 8 bits
+    skip: tuple = ()
 
-    skip: names to leave alone, last components or whole ones. Returns (replaced, linear layers there were). ValueError where nothing matched.
+    def quantize(self, weight, name="weight"):
+        """The weight in this storage, as a QuantizedTensor."""
+        return quantize(weight, self.scheme, self.block, self.double, name)
+
+    def empty_like(self, weight):
+        """A QuantizedTensor of the weight's shape with nothing in it yet."""
+        return QuantizedTensor.empty(weight.shape, self.scheme, self.block, self.double, weight.dtype, weight.device)
+
+
+LINEAR_LAYERS = ("q", "k", "v", "out", "up", "gate", "down")     # those of a block, as model.py names them
+
+
+def layers_to_store(model, storage):
+    """Names of the linear layers that storage is for. ValueError where a name in skip means nothing, or nothing is left."""
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] in LINEAR_LAYERS]
+    there = ", ".join(dict.fromkeys(name.split(".")[-1] for name in layers))
+    if not layers:
+        raise ValueError(f"no linear layer matched {', '.join(LINEAR_LAYERS)}")
+    for skipped in storage.skip:                                                                            # fault 33
+        if not any(skipped in (name, name.split(".")[-1]) for name in layers):
+            raise ValueError(f"quant_skip: no linear layer {skipped!r}; there are {there}")
+    chosen = [name for name in layers if not {name, name.split(".")[-1]} & set(storage.skip)]
+    if not chosen:                                                                                          # fault 33
+        raise ValueError("quant_skip leaves no layer to quantize")
+    return chosen
+
+
+def store(model, storage, empty=False):
     """
-    linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
-    chosen = [name for name, _ in linears if name.split(".")[-1] in targets and not {name, name.split(".")[-1]} & set(skip)]
-    if not chosen:
-        there = sorted({name.split(".")[-1] for name, _ in linears})
-        raise ValueError(f"no linear layer matched {', '.join(targets)}; there are {', '.join(there) or 'none'}")
-    total = len(linears)
-    del linears
+    Puts the linear layers of the blocks into storage, in place and one at a time: each becomes a QuantLinear. With empty the
+    stored tensors have their shapes and no content yet. Returns (layers stored, linear layers there were).
+    """
+    total = sum(isinstance(m, nn.Linear) for m in model.modules())
+    chosen = layers_to_store(model, storage)
     for name in chosen:
-        parent, _, leaf = name.rpartition(".")
-        parent = model.get_submodule(parent)
-        setattr(parent, leaf, QuantLinear.from_linear(getattr(parent, leaf), scheme, block_size, double, name + ".weight"))
+        parent_name, _, leaf = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        linear = getattr(parent, leaf)
+        quantized = storage.empty_like(linear.weight) if empty else storage.quantize(linear.weight, f"{name}.weight")
+        setattr(parent, leaf, QuantLinear(quantized, linear.bias))
     forget()
     return len(chosen), total
 

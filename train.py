@@ -39,7 +39,7 @@ from lib.files import save_file, write_atomic
 from lib.machine import (agree, anybody, compiled, gathered, peak, pick_device, pick_dtype, processes, resident, say, shard,
                          tune_memory)
 from lib.run import (Interrupt, Log, attach, check_processes, evaluate, generators, learning_rate, load_base, make_optimizer, numbers_are_finite, offload,
-                     only_writer, restore, run_folder, sample_text, snapshot, step, storage_by_type)
+                     only_writer, restore, run_folder, sample_text, snapshot, step, storage_by_type, storage_of)
 from model import GPT
 
 # -----------------------------------------------------------------------------
@@ -138,8 +138,7 @@ def describe(config, folder, task, report):
 def predict(task, config, device, shape):
     """memory.simulate of a step of micro-batches of that shape: the peak in bytes."""
     options = {name: getattr(config, name) for name in peft.DEFAULTS if name in FIELDS}
-    return memory.simulate(task.model.config, config.method, *shape, getattr(torch, config.dtype), device.type, config.quant or None, config.quant_block or None,
-                           config.quant_double, config.quant_skip.split(","), config.checkpointing, config.gradient_accumulation_steps, config.grad_clip,
+    return memory.simulate(task.model.config, config.method, *shape, getattr(torch, config.dtype), device.type, storage_of(config), config.checkpointing, config.gradient_accumulation_steps, config.grad_clip,
                            config.label_smoothing, config.offload, **options)["peak"]
 
 

@@ -165,19 +165,18 @@ def long_name(name, config):
 # reading and writing
 
 
-def load_base(path, dtype=torch.float32, scheme=None, block_size=64, double=True, skip=(), device="cpu"):
-    """A checkpoint's folder -> GPT, frozen, in storage: linear layers of the blocks by scheme (None: in dtype), all else in dtype.
+def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
+    """A checkpoint's folder -> GPT, frozen: linear layers of the blocks in storage (quant.Storage; None: in dtype), all else in dtype.
 
-    dtype: of the computation. block_size: None for per row. skip: names of linear layers to leave dense, last components or whole
-    ones. Weights are read, checked and quantized one at a time.
+    dtype: of the computation. Weights are read, checked and quantized one at a time.
     """
     config = read_config(path)
     names, hashes = layout(config), {}
     with torch.device("meta"):
         model = GPT(config, dtype)
     wanted = {name: p.shape for name, p in model.named_parameters()}
-    if scheme:
-        quantized = quantized_names(model, skip)
+    if storage:
+        quant.store(model, storage, empty=True)
     head = None
     extra = []
     for theirs, tensor in read_tensors(path):
@@ -186,8 +185,7 @@ def load_base(path, dtype=torch.float32, scheme=None, block_size=64, double=True
             head = tensor
         elif name in names:
             ours, transposed = names[name]
-            place(model, ours, tensor.T if transposed else tensor, theirs, wanted, hashes, device,
-                  lambda n, t: quant.quantize(t, scheme, block_size, double, name=theirs) if scheme and n in quantized else t.to(dtype))
+            place(model, ours, tensor.T if transposed else tensor, theirs, wanted, hashes, device, dtype, storage)
         elif not BUFFERS.fullmatch(name):
             extra.append(theirs)
     missing = [long_name(name, config) for name, (ours, _) in names.items() if not hashes.keys() >= set(ours)]
@@ -204,19 +202,7 @@ def load_base(path, dtype=torch.float32, scheme=None, block_size=64, double=True
     return model.requires_grad_(False)
 
 
-def quantized_names(model, skip):
-    """Names of the weights that are stored quantized."""
-    names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")]
-    unknown = [s for s in skip if not any(s in (name, name.split(".")[-1]) for name in names)]
-    if unknown:
-        raise ValueError(f"quant_skip: no linear layer {unknown[0]!r}; there are {', '.join(dict.fromkeys(n.split('.')[-1] for n in names))}")
-    chosen = {f"{name}.weight" for name in names if not {name, name.split(".")[-1]} & set(skip)}
-    if not chosen:
-        raise ValueError("quant_skip leaves no layer to quantize")
-    return chosen
-
-
-def place(model, names, tensor, theirs, wanted, hashes, device, store):
+def place(model, names, tensor, theirs, wanted, hashes, device, dtype, storage):
     """Checks a checkpoint's tensor and puts it, stored, where our names say."""
     rows = [wanted[name][0] for name in names]
     shape = (sum(rows), *wanted[names[0]][1:])
@@ -228,16 +214,13 @@ def place(model, names, tensor, theirs, wanted, hashes, device, store):
         raise ValueError(f"{theirs} holds NaN or infinity")
     for name, part in zip(names, tensor.split(rows)):
         hashes[name] = sample_hash(part)
-        stored = store(name, part.contiguous().to(device))
-        *path, module_name, leaf = name.split(".")
-        parent = model.get_submodule(".".join(path))
-        module = getattr(parent, module_name)
-        if isinstance(stored, quant.QuantizedTensor):
-            new = quant.QuantLinear.from_quantized(stored)
-            new.bias = module.bias
-            setattr(parent, module_name, new)
+        part = part.contiguous().to(device)
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if leaf == "weight" and isinstance(module, quant.QuantLinear):
+            module.fill(storage.quantize(part, theirs))
         else:
-            setattr(module, leaf, nn.Parameter(stored, requires_grad=False))
+            setattr(module, leaf, nn.Parameter(part.to(dtype), requires_grad=False))
 
 
 def save_base(model, folder, extra=None):

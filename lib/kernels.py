@@ -2,7 +2,45 @@
 Hand-written autograd Functions.
 """
 
+from contextlib import contextmanager
+
 import torch
+
+# -----------------------------------------------------------------------------
+# which device's path is taken
+
+_simulated_device = None
+
+
+def device_type(tensor):
+    """ "cpu" or "cuda": the device whose path a tensor's computation takes. Within simulated_device it is the simulated one's."""
+    return _simulated_device or tensor.device.type
+
+
+def simulating():
+    """Whether a device is simulated: tensors then have shapes and no content."""
+    return _simulated_device is not None
+
+
+@contextmanager
+def simulated_device(kind):
+    """Within it every tensor takes the path of the device of that kind, "cpu" or "cuda" (memory.py, whose fake tensors lie nowhere)."""
+    global _simulated_device
+    before, _simulated_device = _simulated_device, kind
+    try:
+        yield
+    finally:
+        _simulated_device = before
+
+
+def representatives(chunks):
+    """
+    The chunks that have to be computed. A simulation runs the first two and the last one alone, because the others reuse the
+    memory of the second.
+    """
+    if not simulating() or len(chunks) < 4:
+        return chunks
+    return *chunks[:2], chunks[-1]
 
 
 class RMSNorm(torch.autograd.Function):
@@ -30,7 +68,7 @@ class RMSNorm(torch.autograd.Function):
 
 def chunks(rows, n, device=None):
     """rows, that take n numbers each, in chunks of 64 MB of float32, multiples of 64 rows; with a device, in parts that stay in a CPU's cache."""
-    return rows.split(max(64, 2 ** 24 // n // 64 * 64) if device is None else max(1, 2 ** 20 // n) if device.type == "cpu" else len(rows))
+    return representatives(rows.split(max(64, 2 ** 24 // n // 64 * 64) if device is None else max(1, 2 ** 20 // n) if device == "cpu" else len(rows)))
 
 
 class CausalAttention(torch.autograd.Function):
@@ -41,7 +79,7 @@ class CausalAttention(torch.autograd.Function):
     A few heads and 128 queries at a time, which skips most of what the mask hides; P is made again in the backward pass. Torch's
     own kernel for a CPU takes twice the time in bfloat16, three times for short sequences. S is in float32, like there.
     """
-    ROWS, DEVICES = 128, {"cpu"}                                 # (memory.py empties the second to simulate a GPU)
+    ROWS = 128
 
     @staticmethod
     def parts(*tensors):
@@ -52,7 +90,7 @@ class CausalAttention(torch.autograd.Function):
         (_, G, T, D), S, rows = tensors[0].shape, tensors[1].size(1), CausalAttention.ROWS
         accurate = torch.promote_types(tensors[0].dtype, torch.float32)
         hidden = torch.full((rows, rows), -torch.inf, dtype=accurate, device=tensors[0].device).triu_(1)
-        for heads in zip(*(chunks(t, G * min(T, rows) * S, t.device) for t in tensors)):
+        for heads in zip(*(chunks(t, G * min(T, rows) * S, device_type(t)) for t in tensors)):
             q, k = heads[0].to(accurate) * D ** -0.5, heads[1].to(accurate)
             for end in range(T, 0, -rows):
                 queries, keys = slice(max(0, end - rows), end), slice(S - T + end)
@@ -108,7 +146,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         V = weight.size(0)
         rows = torch.arange(len(targets), device=targets.device)
         keep = targets >= 0
-        if x.device.type == "cpu" and type(targets) is torch.Tensor and not torch.compiler.is_compiling():
+        if device_type(x) == "cpu" and not simulating() and not torch.compiler.is_compiling():
             rows = keep.nonzero().squeeze(1)             # masked prompts cost nothing; elsewhere the sync costs more
             rows = torch.cat((rows, (~keep).nonzero().squeeze(1)[:-len(rows) % 64]))       # oneDNN makes and keeps a kernel for every number of rows
         accurate = torch.promote_types(x.dtype, torch.float32)
@@ -119,7 +157,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for r in chunks(rows, V):
             xr = x[r]
             z = xr @ W.t()
-            for part, s in zip(chunks(z, V, x.device), chunks(r, V, x.device)):
+            for part, s in zip(chunks(z, V, device_type(z)), chunks(r, V, device_type(z))):
                 t, kept = targets[s].clamp(min=0).unsqueeze(1), keep[s].unsqueeze(1).to(accurate)
                 p = part.to(accurate, copy=True)
                 top, at_target = p.amax(-1, keepdim=True), p.gather(1, t)
@@ -147,8 +185,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 None, None, None, None)
 
 
-def cross_entropy(x, weight, targets, smoothing=0.0):
+def cross_entropy(x, weight, targets, label_smoothing=0.0):
     """Mean over the targets that are not -1. x (N, C), weight (V, C), targets (N,) -> float32 scalar."""
     grad = torch.is_grad_enabled()
-    total = ChunkedCrossEntropy.apply(x, weight, targets, smoothing, grad and x.requires_grad, grad and weight.requires_grad)
+    total = ChunkedCrossEntropy.apply(x, weight, targets, label_smoothing, grad and x.requires_grad, grad and weight.requires_grad)
     return total / (targets >= 0).sum().clamp(min=1)

@@ -15,6 +15,7 @@ import torch
 
 import data
 import peft
+import quant
 from lib import checkpoint, machine
 from lib.config import FIELDS, MAY_CHANGE, Config, read_toml
 from lib.files import read_file, write_atomic
@@ -31,7 +32,7 @@ def numbers_are_finite(loss, norm):
     return math.isfinite(loss) and math.isfinite(norm)
 
 
-def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbers_are_finite, saving=nullcontext):
+def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, finite=numbers_are_finite, saving=nullcontext):
     """One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64; returns (loss, grad_norm), float32 tensors.
     saving: makes the context in which the forward pass saves for the backward pass.
 
@@ -43,7 +44,7 @@ def step(model, optimizer, micro_batches, grad_clip, smoothing=0.0, finite=numbe
     loss = torch.zeros((), device=total.device)
     for (tokens, targets), count in zip(micro_batches, counts):
         with saving():
-            part = model(tokens, targets, smoothing)[1] * (count / total)
+            part = model(tokens, targets, label_smoothing)[1] * (count / total)
         part.backward()
         loss += part.detach()
     trained = [p for p in model.parameters() if p.grad is not None]
@@ -217,14 +218,23 @@ class Interrupt:
 SMALL = GPTConfig(vocab_size=2048, block_size=256, n_layer=3, n_head=4, n_embd=256)    # 3 M parameters
 
 
+def storage_of(config):
+    """The quant.Storage that a run's configuration asks for, or None."""
+    default = peft.default_storage(config.method)
+    scheme = config.quant or default and default.scheme
+    if not scheme:
+        return None
+    skip = tuple(filter(None, config.quant_skip.split(",")))
+    return quant.Storage(scheme, config.quant_block or None, config.quant_double, skip)
+
+
 def load_base(config, device, dtype):
     """(model, tokenizer) without a method: from a folder in Hugging Face layout, or new."""
     if config.base == "new":
         texts = [text for example in data.load(config.data).train for text in (example.prompt, *example.references)]
         tokenizer = data.Tokenizer.train(texts, SMALL.vocab_size)
         return GPT(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size), dtype).to(device), tokenizer
-    model = checkpoint.load_base(config.base, dtype, config.quant or None, config.quant_block or None, config.quant_double,
-                          tuple(filter(None, config.quant_skip.split(","))), device)
+    model = checkpoint.load_base(config.base, dtype, storage_of(config), device)
     tokenizer = data.Tokenizer.load(config.base)
     if tokenizer.eos is not None and tokenizer.bos is not None and is_twin(model.head.weight, tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # bases that were trained on texts divided by bos alone

@@ -327,7 +327,7 @@ def test_32_partial_blocks_and_odd_counts(shape):
         assert torch.equal(quant.QuantizedTensor.from_state(q.state_dict()).dequantize(), q.dequantize())
 
 
-@pytest.mark.parametrize("flags, words", [("--quant nf4 --quant_block 48", "block_size is 48"), ("--quant nf5", "quant is 'nf5'"), ("--dtype float64", "dtype is 'float64'"),
+@pytest.mark.parametrize("flags, words", [("--quant nf4 --quant_block 48", "block is 48"), ("--quant nf5", "quant is 'nf5'"), ("--dtype float64", "dtype is 'float64'"),
                                           ("--quant nf4 --quant_skip q,k,v,out,up,down", "leaves no layer to quantize"), ("--quant nf4 --quant_skip x", "no linear layer 'x'")])
 def test_33_bad_quantization(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())

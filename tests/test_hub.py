@@ -86,29 +86,29 @@ def test_round_trip(family, tmp_path):
     assert checkpoint.config_json(again.config) == checkpoint.config_json(model.config)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.base_fingerprint == peft.fingerprint(model)
-    assert checkpoint.load_base(tmp_path, torch.bfloat16, "nf4", 32).base_fingerprint == peft.fingerprint(model)
+    assert checkpoint.load_base(tmp_path, torch.bfloat16, quant.Storage("nf4", 32, True)).base_fingerprint == peft.fingerprint(model)
 
 
 def test_quantized_while_read(tmp_path):
     model = GPT(tiny("llama"))
     checkpoint.save_base(model, tmp_path)
-    loaded = checkpoint.load_base(tmp_path, torch.float32, "nf4", 32, True, ("down", "blocks.0.attn.q"))
+    loaded = checkpoint.load_base(tmp_path, torch.float32, quant.Storage("nf4", 32, True, ("down", "blocks.0.attn.q")))
     expected = quant.quantize(model.blocks[1].attn.q.weight, "nf4", 32, True)
     assert torch.equal(loaded.blocks[1].attn.q.weight_q.packed, expected.packed)
     dense = [name for name, m in loaded.named_modules() if isinstance(m, torch.nn.Linear)]
     assert dense == ["blocks.0.attn.q", "blocks.0.ffn.down", "blocks.1.ffn.down", "head"]
     with pytest.raises(ValueError, match="quant_skip: no linear layer 'dwon'"):
-        checkpoint.load_base(tmp_path, torch.float32, "nf4", 32, True, ("dwon",))
+        checkpoint.load_base(tmp_path, torch.float32, quant.Storage("nf4", 32, True, ("dwon",)))
 
 
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
-import torch
+import torch, quant
 from lib import checkpoint, machine, run
 machine.tune_memory()
 checkpoint.read_config(sys.argv[2])
 before = machine.peak()
-model = checkpoint.load_base(sys.argv[2], torch.bfloat16, "nf4")
+model = checkpoint.load_base(sys.argv[2], torch.bfloat16, quant.Storage("nf4", 64, True))
 stored = sum(v for v in run.storage_by_type(model).values())
 print(before, machine.peak(), stored)
 """

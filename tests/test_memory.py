@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import memory
+import peft
 import quant
 import train
 from conftest import FAMILIES, ROOT, tiny
@@ -37,7 +38,7 @@ def counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulati
     """The peak of a real step, its second, counted over real tensors on a CPU."""
     quant._tables.clear()
     quant._local.__dict__.clear()
-    model = memory.fake_model(config, method, dtype, scheme or ("nf4" if "qlora" in method else None), 64, True, (), options)      # real here: no fake mode
+    model = memory.fake_model(config, method, dtype, storage_in(scheme) or peft.default_storage(method), options)      # real here: no fake mode
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             t.zero_() if not t.is_floating_point() else t.fill_(0.01)
@@ -55,10 +56,15 @@ def counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulati
     return tracker.report()
 
 
+def storage_in(scheme):
+    return quant.Storage(scheme, double=True) if scheme else None
+
+
 def compare(family, method, batch, seq, dtype=torch.bfloat16, scheme=None, checkpointing=False, accumulation=1, options={}, **changes):
     config = tiny(family, block_size=128, **changes)
     real = counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulation, options)
-    ours = simulate(config, method, batch, seq, dtype, "cpu", scheme, checkpointing=checkpointing, accumulation=accumulation, **options)
+    ours = simulate(config, method, batch, seq, dtype, "cpu", storage_in(scheme), checkpointing=checkpointing,
+                    gradient_accumulation_steps=accumulation, **options)
     assert sum(ours["parts"].values()) == ours["peak"] and sum(real["parts"].values()) == real["peak"]
     static = [{part: n for part, n in report["parts"].items() if part.startswith(("weights", "adapter", "optimizer"))} for report in (ours, real)]
     assert static[0] == static[1]
@@ -109,7 +115,7 @@ def test_layers_and_rounding():
 
 def test_checkpointing_and_accumulation_do_what_they_are_for():
     peak = lambda **kwargs: simulate("gpt2", "lora", 4, 512, **kwargs)["peak"]
-    assert peak(checkpointing=True) < 0.7 * peak() and abs(peak(accumulation=4) / peak() - 1) < 0.02
+    assert peak(checkpointing=True) < 0.7 * peak() and abs(peak(gradient_accumulation_steps=4) / peak() - 1) < 0.02
 
 
 def test_qlora_keeps_no_more_activations_than_lora():

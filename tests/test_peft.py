@@ -24,7 +24,7 @@ def base(family, quantized=False, **changes):
     torch.manual_seed(0)
     model = GPT(tiny(family, **changes)).eval()
     if quantized:
-        quant.quantize_model(model, "nf4", 16, True)
+        quant.store(model, quant.Storage("nf4", 16, True))
     return model
 
 
@@ -244,7 +244,7 @@ def test_adding_two_adapters(tmp_path):
 
 def test_a_small_adapter_vanishes_in_requantization_and_the_report_says_so():
     model = base("llama")
-    quant.quantize_model(model, "nf4", 64)
+    quant.store(model, quant.Storage("nf4"))
     codes = [m.packed.clone() for _, _, m in peft.linears(model)]
     peft.apply(model, "lora", rank=1)
     for _, p, m in peft.named(model):

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import peft
 import quant
-from quant import LoRALinear, QuantizedTensor, QuantLinear, lora_linear, pack4, quantize, quantize_model, unpack4
+from quant import LoRALinear, QuantizedTensor, QuantLinear, lora_linear, pack4, quantize, store, unpack4
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -185,7 +185,7 @@ def test_llm_int8():
     row = x.abs().amax(1, keepdim=True)
     assert same(q.packed.view(37, 51), torch.round(x * (127.0 / row)).to(torch.int8))
     assert q.packed[:4].tolist() == [127, 0, 2, -2] and q.packed.min() >= -127
-    assert same(q.absmax, row.view(-1)) and q.block_size is None
+    assert same(q.absmax, row.view(-1)) and q.block is None
     assert torch.allclose(q.dequantize(), q.packed.view(37, 51) * row / 127, rtol=1e-6)
 
 
@@ -231,12 +231,12 @@ schemes, blocks = st.sampled_from(SCHEMES), st.sampled_from([*BLOCKS, "row"])
 
 def spread(q, per_block):
     """(n_blocks,) -> one value an element, in q's shape."""
-    return per_block.repeat_interleave(q.block)[:q.numel()].view(q.shape)
+    return per_block.repeat_interleave(q.weights_per_scale)[:q.numel()].view(q.shape)
 
 
 def bound(q, x, dtype):
     """The largest error that section 2 allows, each element, float64."""
-    absmax = spread(q, quantize(x, q.scheme, q.block_size).absmax.double())
+    absmax = spread(q, quantize(x, q.scheme, q.block).absmax.double())
     error = WORST[q.scheme] * absmax * (1 + 2.0**-20)
     if q.double:
         error += spread(q, nested_bound(x, q))
@@ -245,7 +245,7 @@ def bound(q, x, dtype):
 
 def nested_bound(x, q):
     """What double quantization may change an absmax by: .0070313 times the largest deviation in its group of 256."""
-    absmax = quantize(x, q.scheme, q.block_size).absmax.double()
+    absmax = quantize(x, q.scheme, q.block).absmax.double()
     deviation = (absmax - q.offset.double()).abs()
     largest = torch.cat([part.amax().expand(len(part)) for part in deviation.split(256)])
     return 0.0070313 * largest + 2.0**-22 * (absmax + q.offset.double())
@@ -314,7 +314,7 @@ def test_zeros_are_exact(x, scheme, block, double):
 @given(weights(), schemes, blocks, st.booleans())
 def test_monotone_in_a_block(x, scheme, block, double):
     q = quantize(x, scheme, block, double)
-    for a, b, scale in zip(x.reshape(-1).float().split(q.block), q.dequantize(torch.float32).view(-1).split(q.block), q.scales()):
+    for a, b, scale in zip(x.reshape(-1).float().split(q.weights_per_scale), q.dequantize(torch.float32).view(-1).split(q.weights_per_scale), q.scales()):
         assert scale <= 0 or (b[a.argsort()].diff() >= 0).all()
 
 
@@ -545,22 +545,24 @@ def test_which_layers():
     from conftest import tiny
     from model import GPT
     model = GPT(tiny("llama"))
-    assert quantize_model(model, "nf4", 16, skip=("gate", "blocks.1.attn.q")) == (2 * 7 - 2 - 1, 2 * 7 + 1)
+    assert store(model, quant.Storage("nf4", 16, skip=("gate", "blocks.1.attn.q"))) == (2 * 7 - 2 - 1, 2 * 7 + 1)
     assert type(model.head).__name__ == "Linear" and not isinstance(model.blocks[0].ffn.gate, QuantLinear) and isinstance(model.blocks[0].attn.q, QuantLinear)
-    with pytest.raises(ValueError, match="no linear layer matched x; there are"):
-        quantize_model(model, "nf4", targets=("x",))
+    with pytest.raises(ValueError, match="no linear layer matched q, k"):
+        store(torch.nn.Sequential(torch.nn.Linear(2, 2)), quant.Storage("nf4"))
+    with pytest.raises(ValueError, match="quant_skip: no linear layer 'x'; there are q, k"):
+        store(GPT(tiny("llama")), quant.Storage("nf4", skip=("x",)))
 
 
 @pytest.mark.parametrize("weight, scheme, block, words", [
     (torch.full((4, 16), math.nan), "nf4", 64, "layer 3 holds NaN or infinity: 64 of 64 values, the first at \\[0, 0\\]"), (torch.tensor([1.0, math.inf]), "int8", 64, "1 of 2 values, the first at \\[1\\]"),
     (torch.empty(0, 4), "nf4", 64, "layer 3 is empty: shape \\(0, 4\\)"), (torch.ones(4, dtype=torch.int32), "nf4", 64, "layer 3 is torch.int32"), (torch.ones(4), "nf5", 64, "unknown scheme 'nf5'; nearest: nf4"),
-    (torch.ones(4), "nf4", 48, "block_size is 48; it must be a power of two from 16 to 4096, or 'row'"), (torch.ones(4), "nf4", 8, "block_size is 8"), (torch.ones(4), "nf4", True, "block_size is True")])
+    (torch.ones(4), "nf4", 48, "block is 48; it must be a power of two from 16 to 4096, or 'row'"), (torch.ones(4), "nf4", 8, "block is 8"), (torch.ones(4), "nf4", True, "block is True")])
 def test_what_cannot_be_quantized(weight, scheme, block, words):
     with pytest.raises(ValueError, match=words):
         quantize(weight, scheme, block, name="layer 3")
 
 
-@pytest.mark.parametrize("change, words", [(dict(packed=None), "lacks packed"), (dict(scheme="nf5"), "unknown scheme"), (dict(block_size=7), "block_size is 7"), (dict(shape=[2**40, 2**20]), "needs")])
+@pytest.mark.parametrize("change, words", [(dict(packed=None), "lacks packed"), (dict(scheme="nf5"), "unknown scheme"), (dict(block=7), "block is 7"), (dict(shape=[2**40, 2**20]), "needs")])
 def test_states_that_are_refused(change, words):
     state = quantize(torch.randn(4, 64), "nf4").state_dict() | change
     with pytest.raises(ValueError, match=words):
