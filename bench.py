@@ -76,13 +76,13 @@ def ours_step(job):
     import torch
     model, optimizer, batches, device = setting(job)
     if job.get("compile"):
-        machine.compiled(model, device)
+        machine.compile_model(model, device)
     if job.get("adapter"):
         load_peft_tensors(model, job["adapter"])
     sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     losses, left = [], iter(batches)
     seconds = median_time(lambda: losses.append(float(run.step(model, optimizer, [next(left)], 1.0)[0])), job["steps"], sync)
-    return {"seconds": seconds, "losses": losses, "peak": machine.peak(), "rate": matrix_rate(job, device)}
+    return {"seconds": seconds, "losses": losses, "peak": machine.peak_bytes(), "rate": matrix_rate(job, device)}
 
 
 def ours_epoch(job):
@@ -95,7 +95,7 @@ def ours_epoch(job):
 
     def step():
         run.step(model, optimizer, [tuple(t.to(device) for t in next(batches))], 1.0)[0].item()
-    return {"seconds": median_time(step, job["steps"]), "peak": machine.peak()}
+    return {"seconds": median_time(step, job["steps"]), "peak": machine.peak_bytes()}
 
 
 def matrix_rate(job, device):
@@ -138,11 +138,11 @@ def ours_load(job):
     from lib import checkpoint, machine, run
     import torch
     import peft
-    before = machine.resident()
+    before = machine.resident_bytes()
     start = time.perf_counter()
     model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job))
     seconds = time.perf_counter() - start
-    return {"seconds": [seconds], "peak": machine.peak() - before, "held": sum(run.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
+    return {"seconds": [seconds], "peak": machine.peak_bytes() - before, "held": sum(run.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
 
 
 def load_peft_tensors(model, folder):

@@ -208,8 +208,8 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         model.train()
         with Tracker(model, optimizer, device) as tracker:
             tokens = [torch.zeros(2, batch, seq, dtype=torch.int64) for _ in range(gradient_accumulation_steps)]
-            run.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, label_smoothing, finite=lambda *_: True,
-                       saving=(lambda: elsewhere(model)) if offload else nullcontext)
+            run.step(model, optimizer, [tuple(t) for t in tokens], grad_clip, label_smoothing,
+                     saving=(lambda: elsewhere(model)) if offload else nullcontext)
         report = tracker.report()
     if device == "cuda":
         report["parts"] |= {"cuBLAS workspace": CUBLAS, "CUDA context": CUDA_CONTEXT}

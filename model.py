@@ -6,9 +6,9 @@ One GPT-style transformer: GPT-2, OPT and Llama by configuration. It knows nothi
     logits, _ = model(tokens)             # tokens (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(tokens, targets)      # mean cross-entropy where targets != -1; the logits never exist at once
 
-Three things are left open for others to replace, and are written so that they can be: a linear layer is called and
-asked for `in_features` and `out_features` only; `Attention.forward` and `Block.forward` read like the slides; and
-`Embed` may put positions of its own in front of the tokens', the model keeps the last T.
+Three things are left open for others to replace, and are written so that they can be: a linear layer is only
+called and asked for `in_features` and `out_features`; `Attention.forward` and `Block.forward` read like the slides;
+and `Embed` may put positions of its own in front of the tokens', because the model keeps the last T.
 
 The weights may lie in another type than the computation's (float32 masters, bfloat16 activations): every layer casts
 its weight to the type of its input. Autocast does the same, but keeps a cast copy of each weight until the step ends.
@@ -24,10 +24,21 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.kernels import CausalAttention, RMSNorm, cross_entropy, device_type
 
+# -----------------------------------------------------------------------------
+# configuration
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "silu": F.silu,
+}
+CHOICES = {"position": ("learned", "rope"), "norm": ("layer", "rms"), "activation": tuple(ACTIVATIONS)}
+
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Where n_kv_head, n_ffn or head_dim is 0 it follows from the others: read it as kv_heads, d_ffn, d_head."""
+    """The architecture. Where n_kv_head, n_ffn or head_dim is 0 it follows from the others: read kv_heads, d_ffn and d_head."""
     vocab_size: int = 50257
     block_size: int = 1024          # longest sequence, in tokens
     n_layer: int = 12
@@ -48,11 +59,13 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "d_ffn", "d_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name, allowed in (("position", ("learned", "rope")), ("norm", ("layer", "rms")), ("activation", tuple(ACTIVATIONS))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(allowed)}")
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}")
         if not self.head_dim and self.n_embd % self.n_head:
@@ -76,12 +89,11 @@ class GPTConfig:
         return self.n_ffn or 4 * self.n_embd
 
 
-ACTIVATIONS = {"gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "gelu": F.gelu, "relu": F.relu, "silu": F.silu}
-
-_opt = GPTConfig(vocab_size=50272, block_size=2048, n_layer=24, n_head=32, n_embd=2048, position_offset=2, activation="relu")
+_opt = GPTConfig(vocab_size=50272, block_size=2048, n_layer=24, n_head=32, n_embd=2048, position_offset=2,
+                 activation="relu")
 _llama = GPTConfig(vocab_size=32000, block_size=2048, n_layer=32, n_head=32, n_embd=4096, n_ffn=11008, position="rope",
                    norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias=False, tied=False)
-_bert = GPTConfig(vocab_size=30522, block_size=512, activation="gelu", norm_eps=1e-12)   # the shape only: BERT is post-LN
+_bert = GPTConfig(vocab_size=30522, block_size=512, activation="gelu", norm_eps=1e-12)     # the shape alone: BERT is post-LN
 PRESETS = {
     "gpt2": GPTConfig(),
     "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
@@ -115,14 +127,18 @@ class Norm(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.kind, self.eps = config.norm, config.norm_eps
+        has_bias = config.bias and config.norm == "layer"
         self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias and config.norm == "layer" else None
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
 
     def forward(self, x):
         weight = self.weight.to(x.dtype)
-        if self.kind == "rms":
-            return RMSNorm.apply(x, weight, self.eps) if device_type(x) == "cpu" else F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, None if self.bias is None else self.bias.to(x.dtype), self.eps)
+        if self.kind == "layer":
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        if device_type(x) == "cpu":
+            return RMSNorm.apply(x, weight, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 class Embed(nn.Module):
@@ -136,7 +152,8 @@ class Embed(nn.Module):
         self.positions = nn.Embedding(rows, config.n_embd) if config.position == "learned" else None
 
     def forward(self, tokens, pos, past):
-        """tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache.
+        """
+        tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache.
 
         Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where past is 0.
         """
@@ -158,11 +175,12 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.d_head
-        self.q = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
-        self.k = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.v = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.out = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.head_dim = config.d_head
+        queries, keys = config.n_head * config.d_head, config.kv_heads * config.d_head
+        self.q = Linear(config.n_embd, queries, bias=config.bias)
+        self.k = Linear(config.n_embd, keys, bias=config.bias)
+        self.v = Linear(config.n_embd, keys, bias=config.bias)
+        self.out = Linear(queries, config.n_embd, bias=config.bias)
 
     def heads(self, x):
         """(B, T, heads * head_dim) -> (B, heads, T, head_dim)"""
@@ -171,27 +189,31 @@ class Attention(nn.Module):
     def project(self, x, rope):
         """x (B, T, n_embd) -> q, k, v as (B, heads, T, head_dim), positions applied."""
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
-        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return q, k, v
 
     def attend(self, q, k, v, mask):
         """
-        softmax(q k^T / sqrt(head_dim)) v. mask: bool (B or 1, 1, T, S), True where seen; or None for causal, where the first S - T
-        keys are seen by all.
+        softmax(q k^T / sqrt(head_dim)) v.
+
+        mask: bool (B or 1, 1, T, S), True where seen; None for causal, where the first S - T keys are seen by all.
         """
         T, S = q.size(2), k.size(2)
         if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
             return CausalAttention.apply(q, k, v)
         if mask is None and S > T:
             mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        gqa = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **gqa)
+        shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
 
     def forward(self, x, rope, mask, cache):
         q, k, v = self.project(x, rope)
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
-        return self.out(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)                         # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
+        return self.out(y)
 
 
 class FFN(nn.Module):
@@ -224,10 +246,6 @@ class Block(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# loss: the (tokens x vocabulary) float32 logits of GPT-2 at 4 x 512 would take 412 MB, their gradient as much again
-
-
-# -----------------------------------------------------------------------------
 # the key-value cache
 
 
@@ -240,10 +258,12 @@ class LayerCache:
     def append(self, k, v):
         """Adds (B, heads, T, head_dim) and returns all keys and values so far."""
         if self.k is None:
-            B, H, _, D = k.shape
-            self.k, self.v = (torch.empty(B, H, self.size, D, dtype=k.dtype, device=k.device) for _ in range(2))
-        end = self.length + k.size(2)
-        self.k[:, :, self.length:end], self.v[:, :, self.length:end] = k, v
+            B, heads, _, head_dim = k.shape
+            self.k = k.new_empty(B, heads, self.size, head_dim)
+            self.v = v.new_empty(B, heads, self.size, head_dim)
+        start, end = self.length, self.length + k.size(2)
+        self.k[:, :, start:end] = k
+        self.v[:, :, start:end] = v
         self.length = end
         return self.k[:, :, :end], self.v[:, :, :end]
 
@@ -252,14 +272,17 @@ class Cache:
     """One LayerCache a layer, and the position of every cached key (B, S), negative for padding."""
 
     def __init__(self, n_layer, size):
-        self.layers, self.pos = [LayerCache(size) for _ in range(n_layer)], None
-        self.seen, self.next = 0, None                           # tokens so far, and the position (B, 1) of the next one
+        self.layers = [LayerCache(size) for _ in range(n_layer)]
+        self.pos = None
+        self.seen = 0                                             # tokens so far
+        self.next = None                                          # position (B, 1) of the next token
 
     def mask(self, pos):
         """Adds the positions (B, T) of new tokens; returns who sees whom, bool (B, 1, T, S)."""
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos), 1)
         key, query = self.pos[:, None, None, :], pos[:, None, :, None]
-        return (key <= query) & (key >= 0) | (key == query)     # padding sees padding: an empty row would be NaN
+        # Padding sees padding, because a query that sees nothing would be NaN.
+        return (key <= query) & (key >= 0) | (key == query)
 
     def select(self, rows):
         """Reorders the batch: row i becomes what row rows[i] was (beam search, finished rows)."""
@@ -279,7 +302,7 @@ class GPT(nn.Module):
         """config: GPTConfig; dtype: the type of the computation, not of the weights (they are float32 here)."""
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
-        self.reserved = 0                                        # positions of the context that are not the tokens' own
+        self.reserved = 0                                        # positions of the context that the tokens cannot have
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
@@ -296,12 +319,13 @@ class GPT(nn.Module):
         """GPT-2's initialization: normal of deviation 0.02, divided by sqrt(2 n_layer) where a part ends in a residual."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                end = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if end else 0.02)
+                ends_in_residual = name.endswith(("out.weight", "down.weight"))
+                shrink = math.sqrt(2 * self.config.n_layer) if ends_in_residual else 1
+                nn.init.normal_(p, std=0.02 / shrink)
 
     def _rope_table(self):
-        D = self.config.d_head
-        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, D, 2).float() / D)
+        d = self.config.d_head
+        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2).float() / d)
         angle = torch.outer(torch.arange(self.config.block_size).float(), frequency)
         return angle.cos(), angle.sin()
 
@@ -309,33 +333,38 @@ class GPT(nn.Module):
         """cos and sin for positions (T,) or (B, T): (1 or B, 1, T, head_dim / 2) in the type of the computation."""
         if self.config.position != "rope":
             return None
-        pos = (pos if pos.dim() == 2 else pos.unsqueeze(0)).clamp(min=0)
-        return tuple(table[pos].unsqueeze(1).to(self.dtype) for table in (self.cos, self.sin))
+        pos = pos if pos.dim() == 2 else pos.unsqueeze(0)
+        pos = pos.clamp(min=0)
+        return self.cos[pos].unsqueeze(1).to(self.dtype), self.sin[pos].unsqueeze(1).to(self.dtype)
 
     def hidden(self, tokens, cache=None, pos=None):
         """The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd)."""
         B, T = tokens.shape
         past = cache.seen if cache is not None else 0
-        if past + T + self.reserved > self.config.block_size:
-            raise ValueError(f"{past + T + self.reserved} positions, but the model's context is {self.config.block_size}")
+        needed = past + T + self.reserved
+        if needed > self.config.block_size:
+            raise ValueError(f"{needed} positions, but the model's context is {self.config.block_size}")
         if pos is None:
             pos = past + torch.arange(T, device=tokens.device)
         if cache is not None:
-            cache.seen, cache.next = past + T, pos.expand(B, -1)[:, -1:] + 1
+            cache.seen = past + T
+            cache.next = pos.expand(B, -1)[:, -1:] + 1
         x, pos = self.embed(tokens, pos, past)
         mask = None if cache is None else cache.mask(pos.expand(B, -1))
         x, rope = x.to(self.dtype), self.rope(pos)
+        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:
+            if recompute:
                 x = checkpoint(block, x, rope, mask, None, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache.layers[i] if cache is not None else None)
         return self.norm(x[:, -T:])
 
     def forward(self, tokens, targets=None, label_smoothing=0.0):
-        """tokens (B, T) int64. Without targets: (logits (B, T, vocab_size), None).
+        """
+        tokens (B, T) int64. Without targets: (logits (B, T, vocab_size), None).
 
-        With targets (B, T), -1 where ignored: (None, mean cross-entropy, with label smoothing), the logits in chunks.
+        With targets (B, T), -1 where ignored: (None, mean cross-entropy), the logits in chunks.
         """
         x = self.hidden(tokens)
         if targets is None:
@@ -347,48 +376,52 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     @torch.inference_mode()
-    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
-        """Yields the next token of every prompt, (B,) int64 on the CPU, -1 for rows that have ended.
-
-        prompts: lists of token ids of any lengths, padded at the left. stop: an id or several; the stop token is yielded.
+    def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
+               generator=None):
         """
-        device = self.embed_weight.device
-        longest = max(map(len, prompts))
-        if min(map(len, prompts)) < 1:
-            raise ValueError("an empty prompt: give at least the beginning-of-sequence token")
-        pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-        tokens = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
-        pos = torch.arange(longest, device=device) - pad[:, None]
-        stop = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
+        Yields the next token of every prompt, (B,) int64 on the CPU, -1 for rows that have ended.
+
+        prompts: lists of token ids of any lengths. stop: an id or several; the stop token is yielded.
+        """
+        tokens, pos = pad_left(prompts, self.head.weight.device)
+        stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
         cache = Cache(self.config.n_layer, self.config.block_size)
         ended = torch.zeros(len(prompts), dtype=torch.bool)
         for _ in range(max_new_tokens):
             x = self.hidden(tokens, cache, pos)
             token = sample(self.head(x[:, -1]), temperature, top_k, top_p, generator)
             yield torch.where(ended, -1, token.cpu())
-            ended |= torch.isin(token.cpu(), stop)
+            ended |= torch.isin(token.cpu(), stops)
             if ended.all() or cache.seen + self.reserved == self.config.block_size:
                 return
             tokens, pos = token[:, None], cache.next
 
-    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None, generator=None):
-        """Continues prompts with a key-value cache.
+    def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
+                 generator=None):
+        """
+        Continues prompts with a key-value cache. Returns lists, one a prompt: the prompt and what follows.
 
-        tokens: (B, T) int64, or a list of lists of different lengths. temperature 0 is greedy; top_k keeps the k likeliest
-        tokens, top_p the fewest whose probability reaches p. Generation ends at `stop` (kept in the result), after
-        max_new_tokens, or at the context's end. Returns lists, one a prompt: the prompt and what follows.
+        tokens: (B, T) int64, or a list of lists of different lengths. temperature 0 is greedy; top_k keeps the k
+        likeliest tokens, top_p the fewest whose probability reaches p. Generation ends at `stop` (kept in the result),
+        after max_new_tokens, or at the context's end.
         """
         prompts = tokens.tolist() if isinstance(tokens, torch.Tensor) else [list(p) for p in tokens]
-        result = [list(p) for p in prompts]
+        results = [list(p) for p in prompts]
         for step in self.stream(prompts, max_new_tokens, temperature, top_k, top_p, stop, generator):
-            for row, token in zip(result, step.tolist()):
+            for row, token in zip(results, step.tolist()):
                 if token >= 0:
                     row.append(token)
-        return result
+        return results
 
-    @property
-    def embed_weight(self):
-        return self.head.weight
+
+def pad_left(prompts, device):
+    """Lists of token ids -> tokens and positions, (B, T) int64 both; padding stands at the left and has negative positions."""
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) < 1:
+        raise ValueError("an empty prompt: give at least the beginning-of-sequence token")
+    padding = [longest - len(p) for p in prompts]
+    tokens = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
+    return tokens, torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
 
 
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -397,9 +430,10 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         return logits.argmax(-1)
     logits = logits.float() / temperature
     if top_k is not None and top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p          # the token that crosses p stays
+        beyond = ordered.cumsum(-1) - ordered >= top_p           # The token that crosses p stays.
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

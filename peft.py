@@ -339,6 +339,7 @@ def unfreeze(model, method, params, blocks=(), **options):
 
 METHODS = {"full": train_full, "top": train_top, "bitfit": add_bitfit, "lora": add_lora, "qlora": add_qlora, "ia3": add_ia3,
            "prefix": add_prefix, "adapter": add_adapter, "prompt": add_prompt}       # in the order in which they attach
+UNFREEZING = ("full", "top", "bitfit")                          # these train tensors of the base and add none
 DEFAULTS = {name: p.default for add in METHODS.values() for name, p in list(inspect.signature(add).parameters.items())[1:]}
 
 
@@ -536,7 +537,7 @@ def count_parameters(model):
     return {"trainable": sum(by_method.values()), "base": base, "total": total, "by_method": by_method, "by_layer": by_layer}
 
 
-def param_groups(model, learning_rate, weight_decay, lora_plus_ratio=1.0):
+def param_groups(model, learning_rate, weight_decay, lora_plus_ratio):
     """Groups for an optimizer: matrices decay, vectors and soft prompts do not; LoRA's B at lora_plus_ratio times the learning
     rate (LoRA+, Hayou et al. 2024). A schedule keeps to that by each group's "ratio"."""
     groups = {}

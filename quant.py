@@ -623,6 +623,9 @@ class Storage:
     double: bool = False          # the scales in 8 bits
     skip: tuple = ()
 
+    def __post_init__(self):
+        _check_spec(self.scheme, self.block)
+
     def quantize(self, weight, name="weight"):
         """The weight in this storage, as a QuantizedTensor."""
         return quantize(weight, self.scheme, self.block, self.double, name)

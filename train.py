@@ -2,27 +2,26 @@
 Fine-tunes a model on little hardware. One process on a CPU or a GPU, or several:
 
     python train.py --method qlora --rank 8                   # no network, no files needed
-    python train.py configs/e2e_lora.toml --seed 1            # a file first, flags after it win
+    python train.py configs/e2e_medium_lora.toml --seed 1     # a file first, flags after it win
     python train.py --method lora --quant int8 --base DIR --data DIR --out_dir out/x
     python train.py --resume out/x
     python train.py --method qlora --base DIR --dry_run       # parameters and memory, then stop
-    torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; with --fsdp of the base as well
+    torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; --fsdp: of the base too
 
-The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer, state.pt (the
-last, for resuming), metrics.json and samples.txt.
+The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer, state.pt
+(the last, for resuming), metrics.json and samples.txt. The knobs are declared in lib/config.py, a method's in peft.py.
 """
 
 import dataclasses
 import json
-import math
-import os
+import shlex
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from lib.config import FIELDS, Config, command_line, help_text, run_main, write_toml
+from lib.config import Config, command_line, help_text, method_options, run_main
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -36,276 +35,282 @@ import memory
 import peft
 from lib import checkpoint, machine
 from lib.files import save_file, write_atomic
-from lib.machine import (agree, anybody, compiled, gathered, peak, pick_device, pick_dtype, processes, resident, say, shard,
-                         tune_memory)
-from lib.run import (Interrupt, Log, attach, check_processes, evaluate, generators, learning_rate, load_base, make_optimizer, numbers_are_finite, offload,
-                     only_writer, restore, run_folder, sample_text, snapshot, step, storage_by_type, storage_of)
-from model import GPT
+from lib.machine import say
+from lib.report import size
+from lib.run import (
+    Interrupt, Log, attach_methods, check_processes, learning_rate, make_optimizer, numbers_are_finite, offload,
+    only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step, storage_by_type,
+    storage_of, write_beginning)
 
 # -----------------------------------------------------------------------------
-# what a run consists of
+# the base where none is given: a small one, pretrained by this same code the first time that it is needed
 
-BASE = "out/base"
-
-PRETRAIN = Config(method="full", base="new", data="plain", out_dir=BASE, max_iters=3600, learning_rate=2e-3, warmup_iters=100,
-                  eval_interval=1200, eval_batches=10, weight_decay=0.1, beta2=0.95, sample_count=2)
-
-
-def default_base():
-    """Path of the small base, pretrained by this same code the first time that it is needed."""
-    if not gathered(Path(BASE, "config.json").is_file())[0]:
-        say(f"no --base given: a small one is pretrained once on the embedded text into {BASE}, about three minutes on 2 cores")
-        half_done = Path(BASE, "state.pt").is_file()
-        train(dataclasses.replace(PRETRAIN, resume=BASE if half_done else ""))
-        if not Path(BASE, "config.json").is_file():
-            sys.exit(0)                                          # interrupted, and saved
-        say("")
-    return BASE
+BASE = Path("out/base")
+PRETRAIN = Config(
+    method="full", base="new", data="plain", out_dir=str(BASE), max_iters=3600, learning_rate=2e-3, warmup_iters=100,
+    eval_interval=1200, eval_batches=10, weight_decay=0.1, beta2=0.95, sample_count=2)
 
 
-def size(n):
-    """Bytes for people: 1536 -> '1.5 kB' (powers of ten)."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if n < 999.5 or unit == "GB":
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
+def with_base(config):
+    """The configuration with a base in it. A dry run before there is one is told about an untrained one."""
+    there = machine.gathered((BASE / "config.json").is_file())[0]
+    if config.base or there:
+        return dataclasses.replace(config, base=config.base or str(BASE))
+    if config.dry_run:
+        return dataclasses.replace(config, base="new")
+    say(f"no --base given: a small one is pretrained once on the embedded text into {BASE}, about three minutes on 2 cores")
+    half_done = (BASE / "state.pt").is_file()
+    train(dataclasses.replace(PRETRAIN, resume=str(BASE) if half_done else ""))
+    if not (BASE / "config.json").is_file():
+        sys.exit(0)                                              # It was interrupted, and is saved.
+    say("")
+    return dataclasses.replace(config, base=str(BASE))
 
 
 # -----------------------------------------------------------------------------
-# the run
-
-
-@dataclass
-class Task:
-    """What a configuration comes to: the base with its tokenizer, and the data as batches."""
-    model: GPT
-    tokenizer: data.Tokenizer
-    corpus: data.Data
-    encoded: dict               # split -> data.Encoded
-    fingerprints: dict          # of base, data and tokenizer
-    base_bytes: int
-
-    @classmethod
-    def of(cls, config, device):
-        """Reads, checks and encodes all that the configuration names."""
-        model, tokenizer = load_base(config, torch.device("cpu") if config.fsdp else device, getattr(torch, config.dtype))
-        corpus = data.load(config.data)
-        context = model.config.block_size
-        taken = peft.virtual_positions(config.method, dataclasses.asdict(config))
-        if taken >= context:
-            raise ValueError(f"{config.method} takes {taken} of the {context} positions of the context and leaves none to the tokens")
-        length = min(config.block_size or context, context - taken)
-        encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
-                                      vocab_size=model.config.vocab_size) for split in ("train", "val")}
-        fingerprints = {"base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
-        agree(fingerprints)
-        base_bytes = sum(storage_by_type(model).values())
-        if config.fsdp:
-            shard(model, device)
-        return cls(model, tokenizer, corpus, encoded, fingerprints, base_bytes)
-
-    def losses(self, config, splits=("train", "val")):
-        """{"train_loss": .., "val_loss": ..}"""
-        device = self.model.head.weight.device
-        return {f"{split}_loss": evaluate(self.model, data.eval_batches(self.encoded[split], config.batch_size, config.eval_batches or None), device)
-                for split in splits}
-
-    def samples(self, config):
-        """[(prompt, continuation)] of the first validation examples."""
-        prompts = [data.format_prompt(example.prompt, config.template) for example in self.corpus.val[:config.sample_count]]
-        return list(zip(prompts, sample_text(self.model, self.tokenizer, prompts))) if prompts else []
-
-
-def describe(config, folder, task, report):
-    """What the run is about to do."""
-    counts, encoded = peft.count_parameters(task.model), task.encoded["train"]
-    storage = ", ".join(f"{size(n)} {kind}" for kind, n in storage_by_type(task.model).items())
-    c = task.model.config
-    per_step = config.batch_size * config.gradient_accumulation_steps
-    say(f"base       {config.base}: {c.n_layer} layers x {c.n_embd}, {counts['base']:,} parameters"
-        + (f", linear layers in {config.quant}" if config.quant else ""),
-        *(f"method     {line}" for line in report),
-        f"trained    {counts['trainable']:,} of {counts['total']:,} parameters ({counts['trainable'] / counts['total']:.2%})",
-        f"storage    {storage}{' in each process' * config.fsdp}; computed in {config.dtype} on {task.model.head.weight.device}",
-        f"data       {config.data}: {len(task.corpus.train)} / {len(task.corpus.val)} / {len(task.corpus.test)} train / val / test, "
-        f"{len(encoded.sequences)} training sequences, {encoded.n_supervised / max(encoded.n_tokens, 1):.0%} of tokens supervised"
-        + (f", {encoded.n_cut} cut" if encoded.n_cut else "") + (f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""),
-        f"step       {per_step} sequences, about {per_step * encoded.n_tokens / max(len(encoded.sequences), 1):.0f} tokens; {config.max_iters} steps",
-        *(["end        the base has never seen its own end token; texts end with its beginning-of-sequence token"] if config.base != "new" and data.Tokenizer.load(config.base).eos != task.tokenizer.eos else []),
-        f"folder     {folder}")
-
-
-def predict(task, config, device, shape):
-    """memory.simulate of a step of micro-batches of that shape: the peak in bytes."""
-    options = {name: getattr(config, name) for name in peft.DEFAULTS if name in FIELDS}
-    return memory.simulate(task.model.config, config.method, *shape, getattr(torch, config.dtype), device.type, storage_of(config), config.checkpointing, config.gradient_accumulation_steps, config.grad_clip,
-                           config.label_smoothing, config.offload, **options)["peak"]
-
-
-@contextmanager
-def measured(task, config, device, optimizer, micro_batches, i):
-    """Says how much memory the step within took at its peak, and what was predicted for its shape."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        yield
-        found = torch.cuda.max_memory_allocated() + memory.CUDA_CONTEXT
-    else:
-        with memory.Tracker(task.model, optimizer) as tracker:
-            yield
-        found = tracker.report()["peak"]
-    shape = micro_batches[0][0].size(0), max(t.size(1) for t, _ in micro_batches)
-    expected = predict(task, config, device, shape)
-    say(f"memory     step {i + 1}, {shape[0]} x {shape[1]}: measured {size(found)}, predicted {size(expected)} (ratio {found / expected:.2f}); resident {size(resident())}")
+# one run, from its configuration to its metrics
 
 
 def train(config):
     """Runs a configuration; returns the metrics, or None after --dry_run or an interruption."""
     check_processes(config)
-    device = pick_device(config.device)
-    if device.type == "cpu":
-        tune_memory()
-    elif device.index is not None:
-        torch.cuda.set_device(device)
-    config = dataclasses.replace(config, dtype=str(pick_dtype(config.dtype, device)).removeprefix("torch."))
-    agree(dataclasses.asdict(config))
-    folder = Path(gathered(str(run_folder(config)))[0])          # chosen before anybody writes
-    with only_writer(folder) if machine.RANK == 0 and not config.dry_run else nullcontext():
-        if not config.base:
-            dry = config.dry_run and not Path(BASE, "config.json").is_file()
-            config = dataclasses.replace(config, base="new" if dry else default_base())
+    device = machine.pick_device(config.device)
+    machine.prepare(device)
+    config = resolved(config, device)
+    machine.agree(dataclasses.asdict(config))
+    folder = Path(machine.gathered(str(run_folder(config)))[0])  # It is chosen before anybody writes.
+    writes = machine.RANK == 0 and not config.dry_run
+    with only_writer(folder) if writes else nullcontext():
+        config = with_base(config)
         torch.manual_seed(config.seed)
-        task = Task.of(config, device)
-        progress = {"step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0}
+        run = set_up(config, folder, device)
+        model = run.model
         if not config.resume and not config.dry_run:
-            progress |= {"before": task.losses(config, ["val"])["val_loss"], "samples": task.samples(config)}
-        report = attach(task.model, task.tokenizer, config)
-        describe(config, folder, task, report)
-        shape = config.batch_size // machine.WORLD_SIZE, int(data.padded(max(len(ids) - 1 for ids, _ in task.encoded["train"].sequences), task.encoded["train"].block_size))
-        say(f"memory     {size(predict(task, config, device, shape))} predicted at the peak{' without fsdp' * config.fsdp}, for {shape[0]} x {shape[1]} tokens")
-        task.model.checkpointing = config.checkpointing
-        if config.compile and not compiled(task.model, device):
+            run.progress |= {"before": split_loss(run, "val"), "samples": samples(run)}
+        report = attach_methods(model, run.tokenizer, config)
+        describe(run, report)
+        model.checkpointing = config.checkpointing
+        if config.compile and not machine.compile_model(model, device):
             say("compile    there is no compiler here; running without")
         if config.dry_run:
             return None
-        optimizer = make_optimizer(task.model, config)
-        batches = data.Batches(task.encoded["train"], config.batch_size // machine.WORLD_SIZE, config.seed, machine.RANK, machine.WORLD_SIZE)
+        rows = config.batch_size // machine.WORLD_SIZE
+        run.optimizer = make_optimizer(model, config)
+        run.batches = data.Batches(run.encoded["train"], rows, config.seed, machine.RANK, machine.WORLD_SIZE)
         if config.resume:
-            restore(folder, task.model, optimizer, batches, config, progress, task.fingerprints)
-            say(f"resumed    at step {progress['step']}")
+            restore(run)
+            say(f"resumed    at step {run.progress['step']}")
         elif machine.RANK == 0:
-            task.tokenizer.save(folder)
-            write_atomic(folder / "config.toml", write_toml(config).encode())
-        done = loop(config, folder, device, task, optimizer, batches, progress)
-        metrics = finish(config, folder, task, progress) if done and (machine.RANK == 0 or config.fsdp) else None
-        gathered(None)                                           # nobody leaves before all is written
+            write_beginning(run)
+        finished = loop(run)
+        metrics = finish(run) if finished and (machine.RANK == 0 or config.fsdp) else None
+        machine.gathered(None)                                   # Nobody leaves before all is written.
         return metrics
 
 
-def loop(config, folder, device, task, optimizer, batches, progress):
-    """Trains until max_iters (True) or until somebody asks for an end (False); saves either way."""
-    interrupt, model, ended = Interrupt(), task.model, False
-    log = Log(folder / "log.jsonl", progress["step"]) if machine.RANK == 0 else None
-    torch.manual_seed(config.seed + machine.RANK) if not progress["step"] else None      # dropout differs between processes
+def describe(run, report):
+    """Says what the run is about to do, and what memory it will need. report: the lines of peft.apply."""
+    config, shape = run.config, run.model.config
+    counts, encoded = peft.count_parameters(run.model), run.encoded["train"]
+    trainable, total = counts["trainable"], counts["total"]
+    storage = ", ".join(f"{size(n)} {kind}" for kind, n in storage_by_type(run.model).items())
+    sequences, n_step = len(encoded.sequences), config.batch_size * config.gradient_accumulation_steps
+    splits = " / ".join(str(len(getattr(run.corpus, split))) for split in ("train", "val", "test"))
+    supervised = encoded.n_supervised / max(encoded.n_tokens, 1)
+    tokens = n_step * encoded.n_tokens / max(sequences, 1)
+    stored = f", linear layers in {config.quant}" if config.quant else ""
+    each = " in each process" if config.fsdp else ""
+    cut = f", {encoded.n_cut} cut" if encoded.n_cut else ""
+    empty = f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""
+    say(f"base       {config.base}: {shape.n_layer} layers x {shape.n_embd}, {counts['base']:,} parameters{stored}")
+    say(*(f"method     {line}" for line in report))
+    say(f"trained    {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    say(f"storage    {storage}{each}; computed in {config.dtype} on {run.model.head.weight.device}")
+    say(f"data       {config.data}: {splits} train / val / test, {sequences} training sequences, "
+        f"{supervised:.0%} of tokens supervised{cut}{empty}")
+    say(f"step       {n_step} sequences, about {tokens:.0f} tokens; {config.max_iters} steps")
+    if config.base != "new" and data.Tokenizer.load(config.base).eos != run.tokenizer.eos:
+        say("end        the base has never seen its own end token; texts end with its beginning-of-sequence token")
+    say(f"folder     {run.folder}")
+    rows = config.batch_size // machine.WORLD_SIZE
+    longest = max(len(ids) - 1 for ids, _ in encoded.sequences)
+    length = int(data.padded(longest, encoded.block_size))
+    alone = " without fsdp" if config.fsdp else ""
+    say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens")
 
-    def save():
-        rng = generators()
-        if machine.RANK == 0:
-            if (folder / "state.pt").is_file():
-                (folder / "state.link").unlink(missing_ok=True)
-                os.link(folder / "state.pt", folder / "state.link")
-                os.replace(folder / "state.link", folder / "state.before.pt")
-            save_file(folder / "state.pt", snapshot(model, optimizer, batches, config, progress, task.fingerprints, rng))
-        gathered(None)                                           # a large state takes longer to write than a step may last
 
-    def check():
-        losses = task.losses(config)
-        say(f"step {progress['step']}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
-        if machine.RANK == 0:
-            log.write(step=progress["step"], **losses)
-            if losses["val_loss"] < progress["best"]:
-                progress["best"] = losses["val_loss"]
-                peft.save_adapter(model, folder / "adapter.pt")
-        save()
+# -----------------------------------------------------------------------------
+# memory: predicted by memory.py, and measured at the first and the last step
 
-    saving, taken = (lambda: offload(model)) if config.offload else nullcontext, 0
+
+def predict(run, batch, length):
+    """The peak in bytes of a step with micro-batches of batch x length tokens."""
+    config = run.config
+    names = "checkpointing", "gradient_accumulation_steps", "grad_clip", "label_smoothing", "offload"
+    settings = {name: getattr(config, name) for name in names} | method_options(config)
+    dtype = getattr(torch, config.dtype)
+    report = memory.simulate(
+        run.model.config, config.method, batch, length, dtype, run.device.type, storage_of(config), **settings)
+    return report["peak"]
+
+
+@contextmanager
+def measured(run, micro_batches):
+    """Says how much memory the step within took at its peak, and what was predicted for its shape."""
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        yield
+        peak = torch.cuda.max_memory_allocated() + memory.CUDA_CONTEXT
+    else:
+        with memory.Tracker(run.model, run.optimizer) as tracker:
+            yield
+        peak = tracker.report()["peak"]
+    batch, length = len(micro_batches[0][0]), max(tokens.size(1) for tokens, _ in micro_batches)
+    predicted = predict(run, batch, length)
+    say(f"memory     step {run.progress['step'] + 1}, {batch} x {length}: measured {size(peak)}, predicted {size(predicted)} "
+        f"(ratio {peak / predicted:.2f}); resident {size(machine.resident_bytes())}")
+
+
+# -----------------------------------------------------------------------------
+# the loop
+
+
+def loop(run):
+    """Trains until max_iters (True), or until somebody asks for an end (False). The state is saved either way."""
+    config, model, progress = run.config, run.model, run.progress
+    interrupt, first = Interrupt(), progress["step"]
+    log = Log(run.folder / "log.jsonl", first) if machine.RANK == 0 else None
+    if not first:
+        torch.manual_seed(config.seed + machine.RANK)            # Dropout differs between processes.
+    saving = partial(offload, model) if config.offload else nullcontext
+    can_measure = machine.RANK == 0 and not config.compile and not config.fsdp
     model.train()
-    while progress["step"] < config.max_iters and not (ended := anybody(interrupt.asked, device)):
-        start, i = time.perf_counter(), progress["step"]
+    while progress["step"] < config.max_iters:                                                  # fault 18
+        if machine.anybody(interrupt.asked, run.device):
+            save_state(run)
+            say(f"interrupted after step {progress['step']}; python train.py --resume {shlex.quote(str(run.folder))} goes on")
+            return False
+        i, start = progress["step"], time.perf_counter()
+        done, last = i + 1, i + 1 == config.max_iters
         lr = learning_rate(config, i)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
-        micro_batches = [tuple(t.to(device) for t in next(batches)) for _ in range(config.gradient_accumulation_steps)]
-        watched = machine.RANK == 0 and not config.compile and not config.fsdp and (not taken or i + 1 == config.max_iters)
-        with measured(task, config, device, optimizer, micro_batches, i) if watched else nullcontext():
-            loss, norm = (float(t) for t in step(model, optimizer, micro_batches, config.grad_clip, config.label_smoothing, saving=saving))
-        taken += 1
-        seconds, tokens = time.perf_counter() - start, sum(t.numel() for t, _ in micro_batches) * machine.WORLD_SIZE
-        progress.update(step=i + 1, seconds=progress["seconds"] + seconds, tokens=progress["tokens"] + tokens)
-        skip_or_stop(folder, progress, loss, norm, micro_batches)
+        micro_batches = [next_batch(run) for _ in range(config.gradient_accumulation_steps)]
+        with measured(run, micro_batches) if can_measure and (i == first or last) else nullcontext():
+            loss, norm = map(float, step(model, run.optimizer, micro_batches, config.grad_clip,
+                                         config.label_smoothing, saving))
+        seconds = time.perf_counter() - start
+        tokens = sum(tokens.numel() for tokens, _ in micro_batches) * machine.WORLD_SIZE
+        progress["step"] = done
+        progress["seconds"] += seconds
+        progress["tokens"] += tokens
+        skip_or_stop(run, loss, norm, micro_batches)
         if log:
-            log.write(step=i, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(tokens / seconds), bytes=resident())
-        if i % config.log_interval == 0 or i + 1 == config.max_iters:
-            left = (config.max_iters - i - 1) * progress["seconds"] / (i + 1)
-            say(f"step {i + 1:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {tokens / seconds:>7,.0f} tokens/s | "
-                f"{size(resident())} | {left // 60:.0f}:{left % 60:02.0f} left")
-        if (i + 1) % config.eval_interval == 0 or i + 1 == config.max_iters:
-            check()
-        elif config.save_interval and (i + 1) % config.save_interval == 0:
-            save()
-    if ended:
-        save()
-        say(f"interrupted after step {progress['step']}; python train.py --resume {folder} goes on")
-    return not ended
+            log.write(step=i, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(tokens / seconds),
+                      bytes=machine.resident_bytes())
+        if i % config.log_interval == 0 or last:
+            left = (config.max_iters - done) * progress["seconds"] / done
+            say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {tokens / seconds:>7,.0f} tokens/s | "
+                f"{size(machine.resident_bytes())} | {left // 60:.0f}:{left % 60:02.0f} left")
+        if done % config.eval_interval == 0 or last:
+            evaluate_and_save(run, log)
+        elif config.save_interval and done % config.save_interval == 0:
+            save_state(run)
+    return True
 
 
-def skip_or_stop(folder, progress, loss, norm, micro_batches):
+def next_batch(run):
+    """(tokens, targets) on the device."""
+    tokens, targets = next(run.batches)
+    return tokens.to(run.device), targets.to(run.device)
+
+
+def evaluate_and_save(run, log):
+    """Evaluates, keeps the adapter if it is the best so far, and saves the state."""
+    progress = run.progress
+    losses = {f"{split}_loss": split_loss(run, split) for split in ("train", "val")}
+    say(f"step {progress['step']}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
+    if log:
+        log.write(step=progress["step"], **losses)
+        if losses["val_loss"] < progress["best"]:
+            progress["best"] = losses["val_loss"]
+            peft.save_adapter(run.model, run.folder / "adapter.pt")
+    save_state(run)
+
+
+def skip_or_stop(run, loss, norm, micro_batches):
     """Counts steps whose loss or gradient was not finite; after ten in a row keeps the batch for a look, and gives up."""
+    progress = run.progress
     if numbers_are_finite(loss, norm):
         progress["skipped_in_a_row"] = 0
         return
     progress["skipped"] += 1
     progress["skipped_in_a_row"] += 1
     say(f"step {progress['step']}: loss {loss}, gradient norm {norm}: skipped")
-    if progress["skipped_in_a_row"] == 10:
-        all_batches = [pair for own in gathered([[t.cpu() for t in pair] for pair in micro_batches]) for pair in own]
+    if progress["skipped_in_a_row"] == 10:                                                      # fault 35
+        own = [[t.cpu() for t in pair] for pair in micro_batches]
+        batches = [pair for process in machine.gathered(own) for pair in process]
+        path = run.folder / "bad_batch.pt"
         if machine.RANK == 0:
-            save_file(folder / "bad_batch.pt", {"step": progress["step"], "batches": all_batches})
-        raise ValueError(f"ten steps in a row had no finite loss or gradient; the last batch is in {folder / 'bad_batch.pt'}, the last good state in state.pt")
+            save_file(path, {"step": progress["step"], "batches": batches})
+        raise ValueError(f"ten steps in a row had no finite loss or gradient; the last batch is in {path}, "
+                         "the last good state in state.pt")
 
 
-def finish(config, folder, task, progress):
-    """Best adapter, samples, metrics, and what to do next."""
-    peft.load_adapter(task.model, folder / "adapter.pt", replace=True)
+# -----------------------------------------------------------------------------
+# the end
+
+
+def finish(run):
+    """Puts the best adapter back, writes samples and metrics, and says what to do next. Returns the metrics."""
+    config, folder, progress = run.config, run.folder, run.progress
+    adapter = folder / "adapter.pt"
+    peft.load_adapter(run.model, adapter, replace=True)
     if config.base == "new":
-        checkpoint.save_base(task.model, folder)
-    after = task.samples(config)
+        checkpoint.save_base(run.model, folder)
+    after = samples(run)
     if machine.RANK:
-        return None                                              # under fsdp: it was needed for the samples
-    text = "\n".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n" for (prompt, old), (_, new) in zip(progress["samples"], after))
-    write_atomic(folder / "samples.txt", text.encode())
-    metrics = {"method": config.method, "seed": config.seed, "trainable": peft.count_parameters(task.model)["trainable"],
-               "loss_before": progress["before"], "val_loss": progress["best"], "steps": progress["step"], "skipped": progress["skipped"],
-               "seconds": round(progress["seconds"], 2), "tokens_per_second": round(progress["tokens"] / max(progress["seconds"], 1e-9)),
-               "peak_bytes": peak(), "adapter_bytes": (folder / "adapter.pt").stat().st_size, "base_bytes": task.base_bytes}
-    write_atomic(folder / "metrics.json", (json.dumps(metrics, indent=1) + "\n").encode())
-    say("", text, f"val loss   {progress['before']:.4f} -> {progress['best']:.4f}" + (f"; {progress['skipped']} steps skipped" if progress["skipped"] else ""),
-        f"adapter    {folder / 'adapter.pt'}, {size(metrics['adapter_bytes'])}; the base takes {size(task.base_bytes)}",
-        f"peak       {size(metrics['peak_bytes'])}",
-        f"next       python sample.py {folder} --prompt {json.dumps(task.corpus.val[0].prompt, ensure_ascii=False)}")
+        return None                                              # Under fsdp it was needed for the samples.
+    text = "\n".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n"
+                     for (prompt, old), (_, new) in zip(progress["samples"], after))
+    metrics = {
+        "method": config.method,
+        "seed": config.seed,
+        "trainable": peft.count_parameters(run.model)["trainable"],
+        "loss_before": progress["before"],
+        "val_loss": progress["best"],
+        "steps": progress["step"],
+        "skipped": progress["skipped"],
+        "seconds": round(progress["seconds"], 2),
+        "tokens_per_second": round(progress["tokens"] / max(progress["seconds"], 1e-9)),
+        "peak_bytes": machine.peak_bytes(),
+        "adapter_bytes": adapter.stat().st_size,
+        "base_bytes": run.base_bytes,
+    }
+    write_atomic(folder / "samples.txt", [text.encode()])
+    write_atomic(folder / "metrics.json", [(json.dumps(metrics, indent=1) + "\n").encode()])
+    skipped = f"; {progress['skipped']} steps skipped" if progress["skipped"] else ""
+    say("", text, f"val loss   {progress['before']:.4f} -> {progress['best']:.4f}{skipped}")
+    say(f"adapter    {adapter}, {size(metrics['adapter_bytes'])}; the base takes {size(run.base_bytes)}")
+    say(f"peak       {size(metrics['peak_bytes'])}")
+    say(f"next       python sample.py {shlex.quote(str(folder))} --prompt {shlex.quote(run.corpus.val[0].prompt)}")
     return metrics
 
 
 def main(config):
-    """Trains among the processes there are; running out of memory becomes a ValueError that names the next thing to try."""
+    """Trains among the processes there are. Running out of memory becomes a ValueError that names the next thing to try."""
     try:
-        with processes(pick_device(config.device)):
+        with machine.processes(machine.pick_device(config.device)):
             train(config)
     except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not out_of_memory:                                                                   # fault 37
             raise
-        less = max(config.batch_size // machine.WORLD_SIZE // 2, 1) * machine.WORLD_SIZE
-        raise ValueError(f"out of memory at batch_size {config.batch_size}; try --batch_size {less} --gradient_accumulation_steps {config.gradient_accumulation_steps * 2}"
-                         + ("" if config.batch_size > machine.WORLD_SIZE else " --checkpointing") + "; the last saved state is intact") from None
+        world = machine.WORLD_SIZE
+        less = max(config.batch_size // world // 2, 1) * world
+        smallest = " --checkpointing" if config.batch_size <= world else ""
+        raise ValueError(f"out of memory at batch_size {config.batch_size}; try --batch_size {less} --gradient_accumulation_steps "
+                         f"{config.gradient_accumulation_steps * 2}{smallest}; the last saved state is intact") from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
 """
-Config.
+What a run can be told: one flat dataclass as flags, as a TOML file and as help. Without torch, so that --help answers at once.
+
+    config = command_line(["configs/small.toml", "--method", "lora", "--rank=4"])       # a Config, checked
+    print(help_text(doc))                                                               # every flag with its meaning
+
+A knob of the run is declared in the class below, an option of a method in the signature of the method's function in peft.py.
+Either is one line: name, default, and a comment that is its help.
 """
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -13,57 +20,47 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
+
+# -----------------------------------------------------------------------------
+# knobs
+
 
 @dataclass
-class Config:
-    """Every flag, with its default and its help."""
+class Knobs:
+    """What every run can be told, whatever its method."""
 
     # what is trained on what
-    method: str = "lora"              # lora qlora adapter prefix prompt ia3 bitfit top full, several joined by +
+    method: str = "lora"              # one of peft.METHODS, or several joined by +
     base: str = ""                    # folder in Hugging Face layout; none: a small one, pretrained once into out/base
     data: str = "embedded"            # embedded, plain, or a path: E2E folder, .jsonl (prompt, completion), .txt
     out_dir: str = ""                 # the run's folder; none: out/METHOD, numbered where that is taken
     resume: str = ""                  # the folder of a run to go on with
     dry_run: bool = False             # report parameters and memory, then stop
     # the base in storage
-    quant: str = ""                   # nf4 linear4 int4 int8; none: as it is (qlora: nf4)
+    quant: str = ""                   # a code of quant.CODES, such as nf4 or int8; none: as it is (qlora: nf4)
     quant_block: int = 64             # weights that share a scale: 16 .. 4096; 0: a row
     quant_double: bool = True         # the scales in 8 bits (QLoRA, section 3)
     quant_skip: str = ""              # linear layers to leave as they are, by name, joined by commas
-    # methods (peft.py)
-    rank: int = 8                     # LoRA: r
-    alpha: float = 16.0               # LoRA: s = alpha / r
-    dropout: float = 0.0              # LoRA: on the input of A
-    targets: str = "all"              # LoRA: which of q k v out up gate down, joined by commas
-    rslora: bool = False              # LoRA: s = alpha / sqrt(r)
-    lora_plus_ratio: float = 16.0     # LoRA+: learning rate of B over that of A; 1: plain LoRA
-    adapter_style: str = "houlsby"    # houlsby, pfeiffer or lin
-    adapter_size: int = 64            # bottleneck width
-    adapter_activation: str = "relu"  # relu, gelu, swish or tanh
-    prefix_length: int = 16           # s_k and s_v, in positions
-    prefix_style: str = "before"      # before the projection (slide) or after (Li and Liang)
-    prefix_tied: bool = False         # s_k = s_v (before only)
-    prefix_mlp: int = 0               # hidden width of the reparametrization (after only); 0: none
-    prompt_length: int = 16           # soft prompt, in positions
-    prompt_init: str = ""             # text the soft prompt starts from; none: random
-    top_k: int = 2                    # top: the last k blocks
     # data
     block_size: int = 0               # longest sequence; 0: the base's context
     template: str = "pipe"            # of meaning representations: pipe (name : X | food : Y||) or raw
     too_long: str = "refuse"          # or cut
+    prompt_init: str = ""             # prompt: text the soft prompt starts from; none: random
     # optimization
     batch_size: int = 8               # sequences a micro-batch, shared among the processes
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 1    # micro-batches a step
     max_iters: int = 1200             # optimizer steps
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3       # at its highest
+    lora_plus_ratio: float = 16.0     # LoRA+: learning rate of B over that of A; 1: plain LoRA
     lr_schedule: str = "cosine"       # cosine, linear or constant, after the warm-up
-    warmup_iters: int = 20
-    min_lr: float = 0.0
-    weight_decay: float = 0.01
-    beta1: float = 0.9
-    beta2: float = 0.999
+    warmup_iters: int = 20            # steps until the learning rate is at its highest
+    min_lr: float = 0.0               # where the schedule ends
+    weight_decay: float = 0.01        # of matrices; vectors and soft prompts do not decay
+    beta1: float = 0.9                # Adam's mean
+    beta2: float = 0.999              # Adam's mean of squares
     grad_clip: float = 1.0            # norm of all gradients; 0: none
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.0      # share of the target that all tokens have alike
     # evaluation and saving
     eval_interval: int = 300          # steps; the state is saved then too
     eval_batches: int = 40            # batches of each split; 0: all
@@ -77,52 +74,118 @@ class Config:
     checkpointing: bool = False       # recompute each block in the backward pass
     offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
     fsdp: bool = False                # divide the frozen base among the processes (torchrun)
-    seed: int = 1
+    seed: int = 1                     # of everything that is drawn
 
     def __post_init__(self):
-        if "qlora" in self.method.split("+") and not self.quant:
-            self.quant = "nf4"
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("max_iters", "warmup_iters", "eval_batches", "save_interval", "block_size", "sample_count", "quant_block",
-                     "learning_rate", "min_lr", "weight_decay", "grad_clip", "label_smoothing", "dropout"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be a number, at least 0")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be above 0")
-        for name in ("beta1", "beta2", "label_smoothing", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
+        for names, lowest, limit, rule in RANGES:
+            for name in names:
+                value = getattr(self, name)
+                if not lowest <= value < limit:                                             # fault 39
+                    raise ValueError(f"{name} is {value}; it must be {rule}")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(filter(None, allowed))}")
+            value = getattr(self, name)
+            if value not in allowed:                                                        # fault 33
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
-CHOICES = {"quant": ("", "nf4", "linear4", "int4", "int8"), "lr_schedule": ("cosine", "linear", "constant"), "too_long": ("refuse", "cut"),
-           "template": ("pipe", "raw"), "dtype": ("auto", "float32", "bfloat16")}
-MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp", "resume", "dry_run")    # when resuming
-FIELDS = {f.name: f for f in dataclasses.fields(Config)}
+RANGES = (       # knobs, the least value, the value that none reaches, and that in words
+    (("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "rank"), 1, math.inf, "at least 1"),
+    (("max_iters", "warmup_iters", "eval_batches", "save_interval", "block_size", "sample_count", "quant_block", "min_lr",
+      "weight_decay", "grad_clip"), 0, math.inf, "a number, at least 0"),
+    (("learning_rate",), sys.float_info.min, math.inf, "a number above 0"),
+    (("beta1", "beta2", "label_smoothing", "dropout"), 0, 1, "in [0, 1)"),
+)
+CHOICES = {
+    "lr_schedule": ("cosine", "linear", "constant"),
+    "too_long": ("refuse", "cut"),
+    "template": ("pipe", "raw"),
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp")   # on resuming
+
+# -----------------------------------------------------------------------------
+# options of methods, read from the source of peft.py
+
+
+@dataclass(frozen=True)
+class Option:
+    """A keyword argument of the functions of some methods."""
+    name: str
+    default: bool | int | float | str
+    help: str
+    methods: tuple
+
+
+def comment_of(line):
+    """The comment at a line's end."""
+    return line.partition("  # ")[2].strip()
+
+
+def read_method_options(path):
+    """{name: Option} of the functions that the table METHODS in the file names, the arguments after the model."""
+    source = path.read_text(encoding="utf-8")
+    tree, lines = ast.parse(source), source.splitlines()
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assignments = [node for node in tree.body if isinstance(node, ast.Assign)]
+    table = next(node.value for node in assignments if getattr(node.targets[0], "id", "") == "METHODS")
+    options = {}
+    for method, function in zip(table.keys, table.values):
+        arguments = functions[function.id].args
+        for argument, value in zip(arguments.args[1:], arguments.defaults, strict=True):
+            default = ast.literal_eval(value)
+            if default is None:                                  # Not a flag: only a caller can give it.
+                continue
+            name = argument.arg
+            option = options.get(name) or Option(name, default, comment_of(lines[argument.lineno - 1]), ())
+            if option.default != default:
+                raise ValueError(f"{path}: {name} is {option.default!r} and {default!r}; its default must be one")
+            options[name] = dataclasses.replace(option, methods=(*option.methods, method.value))
+    return options
+
+
+METHOD_OPTIONS = read_method_options(ROOT / "peft.py")
+Config = dataclasses.make_dataclass(
+    "Config", [(option.name, type(option.default), option.default) for option in METHOD_OPTIONS.values()], bases=(Knobs,),
+    namespace={"__doc__": "Every knob of the run and every option of the methods."})
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+
+
+def method_options(config):
+    """{name: value} of the options that the configuration's methods have."""
+    chosen = set(config.method.split("+"))
+    return {name: getattr(config, name) for name, option in METHOD_OPTIONS.items() if chosen & set(option.methods)}
+
+
+def check_options(values, method, where):
+    """ValueError where values name an option that none of the methods has."""
+    for name in values.keys() & METHOD_OPTIONS.keys():
+        owners = METHOD_OPTIONS[name].methods
+        if not set(owners) & set(method.split("+")):
+            raise ValueError(f"{where}: {name} is an option of {', '.join(owners)}; the method is {method}")
+
+
+# -----------------------------------------------------------------------------
+# values from text
+
 KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
 def convert(name, value, where):
     """The value of a key, from TOML or from a flag's string, in the field's type."""
     if name not in FIELDS:
-        near = difflib.get_close_matches(name, FIELDS, 1, 0.0)[0]
-        raise ValueError(f"{where}: unknown key {name!r}; the nearest is {near!r}")
+        nearest = difflib.get_close_matches(name, FIELDS, 1, 0.0)[0]
+        raise ValueError(f"{where}: unknown key {name!r}; the nearest is {nearest!r}")
     kind = FIELDS[name].type
     try:
         if kind is bool and isinstance(value, str):
-            return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        if kind in (int, float) and isinstance(value, str):
+            return SWITCH[value.lower()]
+        if kind in (int, float) and isinstance(value, str) or kind is float and type(value) is int:
             return kind(value)
-        if kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not kind:
-            raise ValueError
-    except (ValueError, KeyError):
-        raise ValueError(f"{where}: {name} is {value!r}; it must be {KINDS[kind]}") from None
+    except (ValueError, KeyError, OverflowError):
+        pass                                                     # It is told below.
+    if type(value) is not kind:
+        raise ValueError(f"{where}: {name} is {value!r}; it must be {KINDS[kind]}")
     return value
 
 
@@ -138,68 +201,109 @@ def read_toml(path):
 
 
 def write_toml(config):
-    """The text of a config.toml that read_toml reads back."""
-    lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}".replace("\x7f", "\\u007f") for name, value in dataclasses.asdict(config).items())
-    return "\n".join(lines) + "\n"
+    """The text of a config.toml that read_toml reads back: every knob, and the options of the chosen methods."""
+    options = method_options(config)
+    lines = []
+    for name, value in dataclasses.asdict(config).items():
+        if name in options or name not in METHOD_OPTIONS:
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{name} = {text}\n")
+    return "".join(lines)
 
 
-def command_line(args):
-    """[FILE.toml] --key value --key=value --a-b --switch -> Config. A resumed run's own configuration comes first."""
-    values, args = {}, list(args)
-    if args and not args[0].startswith("-"):
-        values = read_toml(args.pop(0))
-    flags = {}
+def read_run_config(folder):
+    """The Config of a run's folder."""
+    return Config(**read_toml(Path(folder, "config.toml")))
+
+
+# -----------------------------------------------------------------------------
+# the command line
+
+
+def parse_flags(args):
+    """["--key", "value", "--key=value", "--a-b", "v", "--switch"] -> {key: value}."""
+    args, flags = list(args), {}
     while args:
         flag, equals, value = args.pop(0).partition("=")
         if not flag.startswith("--"):
             raise ValueError(f"{flag!r} is neither a flag nor the first argument; flags are --key value")
         name = flag[2:].replace("-", "_")
-        if not equals:
-            bare = name in FIELDS and FIELDS[name].type is bool and (not args or args[0].startswith("--"))
-            if not bare and not args and name in FIELDS:
-                raise ValueError(f"{flag} needs a value")
-            value = "true" if bare else args.pop(0) if args else ""
+        is_switch = name in FIELDS and FIELDS[name].type is bool
+        if not equals and is_switch and (not args or args[0].startswith("--")):
+            value = "true"
+        elif not equals and args:
+            value = args.pop(0)
+        elif not equals and name in FIELDS:
+            raise ValueError(f"{flag} needs a value")
         flags[name] = convert(name, value, "command line")
-    values |= flags
-    if "resume" not in values:
-        return Config(**values)
+    return flags
+
+
+def command_line(args):
+    """[FILE.toml] --key value ... -> Config. A resumed run's own configuration comes first."""
+    args, values = list(args), {}
+    if args and not args[0].startswith("-"):
+        path = args.pop(0)
+        values = read_toml(path)
+    flags = parse_flags(args)
+    if "resume" in values | flags:
+        return resumed(values | flags)
+    config = Config(**values | flags)
+    for given, where in ((values, "the file"), (flags, "command line")):
+        check_options(given, config.method, where)
+    return config
+
+
+def resumed(values):
+    """The Config of the run that values name, with what of it may change."""
     folder = values["resume"]
     if not Path(folder, "config.toml").is_file():
         raise ValueError(f"{folder}: no run to resume there (it has no config.toml)")
-    before = read_toml(Path(folder, "config.toml")) | {"out_dir": folder, "dry_run": False}
-    changed = [name for name, value in values.items() if name not in MAY_CHANGE and before[name] != value]
-    if changed:
-        name = changed[0]
-        raise ValueError(f"{folder}: {name} was {before[name]!r} and cannot become {values[name]!r} in a resumed run; "
-                         f"only {', '.join(MAY_CHANGE[:-2])} can change")
+    before = dataclasses.asdict(Config(**read_toml(Path(folder, "config.toml"))))
+    before |= {"out_dir": folder, "dry_run": False}
+    for name, value in values.items():
+        if name not in (*MAY_CHANGE, "resume", "dry_run") and before[name] != value:            # fault 20
+            raise ValueError(f"{folder}: {name} was {before[name]!r} and cannot become {value!r} in a resumed run; "
+                             f"only {', '.join(MAY_CHANGE)} can change")
     return Config(**before | values)
 
 
 def help_text(doc):
-    """The fields above with their comments."""
-    source = Path(__file__).read_text(encoding="utf-8").split("class Config:")[1].split("def __post_init__")[0]
+    """A script's doc, then every field with its default and its comment."""
     lines = [doc.strip(), "", "flags, as --key value or --key=value:"]
+
+    def add(name, default, comment):
+        lines.append(f"  --{name:28} {json.dumps(default):12} {comment}".rstrip())
+
+    source = Path(__file__).read_text(encoding="utf-8").split("class Knobs:")[1].split("def __post_init__")[0]
     for line in source.splitlines():
-        if match := re.match(r"    (\w+): \w+ = (.+?)(?:\s+# (.*))?$", line):
-            name, default, comment = match.groups()
-            lines.append(f"  --{name:28} {default:12} {comment or ''}".rstrip())
-        elif match := re.match(r"    # (.*)", line):
-            lines.append("\n" + match[1])
+        field, section = re.match(r"    (\w+): ", line), re.match(r"    # (.*)", line)
+        if field:
+            add(field[1], FIELDS[field[1]].default, comment_of(line))
+        elif section:
+            lines.append(f"\n{section[1]}")
+    lines.append("\nmethods (their functions in peft.py)")
+    for option in METHOD_OPTIONS.values():
+        add(option.name, option.default, option.help)
     return "\n".join(lines)
 
 
 def run_main(main, *args):
-    """main(*args), a user's mistake told in one line on standard error with exit status 2. NANOPEFT_DEBUG=1 shows the traceback."""
+    """
+    main(*args). A user's mistake is told in one line on standard error, with exit status 2; NANOPEFT_DEBUG=1 shows the traceback.
+    """
+    script = Path(sys.argv[0]).name
     try:
         return main(*args)
-    except BrokenPipeError:                                      # whoever read has gone, as head does
+    except BrokenPipeError:                                      # Whoever read has gone, as head does.
         os._exit(0)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError) as error:                                                      # fault 7
         if os.environ.get("NANOPEFT_DEBUG"):
             raise
-        process = f", process {os.environ['RANK']}" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-        print(f"{Path(sys.argv[0]).name}{process}: {' '.join(str(error).split())}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            script += f", process {os.environ['RANK']}"
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)

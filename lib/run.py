@@ -1,14 +1,18 @@
 """
-What a run consists of.
+What a run consists of: the step, the schedule, the base with its tokenizer, the data, the folder with state and log;
+and loading a run again. train.py puts these together; memory.py simulates the same step; sample.py, evaluate.py and
+hub.py load runs.
 """
 
 import dataclasses
 import fcntl
 import json
 import math
+import os
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,56 +21,62 @@ import data
 import peft
 import quant
 from lib import checkpoint, machine
-from lib.config import FIELDS, MAY_CHANGE, Config, read_toml
-from lib.files import read_file, write_atomic
-from lib.machine import gathered, pick_device, pick_dtype, sum_over_processes
+from lib.config import MAY_CHANGE, Config, method_options, read_run_config, write_toml
+from lib.files import check, read_file, save_file, write_atomic
+from lib.kernels import simulating
 from model import GPT, GPTConfig
-
 
 # -----------------------------------------------------------------------------
 # the step
 
 
-def numbers_are_finite(loss, norm):
-    """Whether a step may be taken."""
-    return math.isfinite(loss) and math.isfinite(norm)
+def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving=nullcontext):
+    """
+    One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64. Returns (loss, grad_norm), tensors.
 
-
-def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, finite=numbers_are_finite, saving=nullcontext):
-    """One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64; returns (loss, grad_norm), float32 tensors.
-    saving: makes the context in which the forward pass saves for the backward pass.
-
-    The loss is the mean over the supervised tokens of all micro-batches and processes, however they are divided. Where loss or
-    gradient is not finite nothing is changed.
+    The loss is the mean over the supervised tokens of all micro-batches and processes, however they are divided. Where
+    loss or gradient is not finite, nothing is changed. saving: makes the context in which the forward pass saves for
+    the backward pass.
     """
     counts = [(targets >= 0).sum() for _, targets in micro_batches]
-    total = sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
+    total = machine.sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
     loss = torch.zeros((), device=total.device)
     for (tokens, targets), count in zip(micro_batches, counts):
         with saving():
-            part = model(tokens, targets, label_smoothing)[1] * (count / total)
+            _, part = model(tokens, targets, label_smoothing)
+            part = part * (count / total)                                                       # fault 28
         part.backward()
         loss += part.detach()
     trained = [p for p in model.parameters() if p.grad is not None]
-    loss = sum_over_processes(loss, *(p.grad for p in trained))
+    loss = machine.sum_over_processes(loss, *(p.grad for p in trained))
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
-    if finite(loss, norm):
+    if numbers_are_finite(loss, norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
 
+def numbers_are_finite(loss, norm):
+    """Whether a step may be taken. In a simulation, whose numbers do not exist, it is."""
+    return simulating() or math.isfinite(loss) and math.isfinite(norm)
+
+
 def offload(model):
-    """Context in which everything that the backward pass needs, but for the model's own tensors, waits in the host's memory."""
+    """The context in which what the backward pass needs, but for the model's own tensors, waits in the host's memory."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def pack(t):
         if t.untyped_storage().data_ptr() in own:
             return t
-        return t.device, torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t, non_blocking=True)
+        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        return t.device, host.copy_(t, non_blocking=True)
 
-    def unpack(kept):
-        return kept if isinstance(kept, torch.Tensor) else kept[1].to(kept[0], non_blocking=True)
+    def unpack(packed):
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, host = packed
+        return host.to(device, non_blocking=True)
+
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
@@ -77,12 +87,12 @@ def make_optimizer(model, config):
 
 
 def learning_rate(config, i):
-    """At step i, 0 .. max_iters - 1: linear warm-up, then down to min_lr."""
+    """The learning rate of step i, 0 .. max_iters - 1: a linear warm-up, then down to min_lr."""
     if i < config.warmup_iters:
         return config.learning_rate * (i + 1) / (config.warmup_iters + 1)
-    ratio = (i - config.warmup_iters) / max(config.max_iters - config.warmup_iters, 1)
-    share = {"cosine": 0.5 * (1 + math.cos(math.pi * ratio)), "linear": 1 - ratio, "constant": 1.0}[config.lr_schedule]
-    return config.min_lr + share * (config.learning_rate - config.min_lr)
+    done = (i - config.warmup_iters) / max(config.max_iters - config.warmup_iters, 1)
+    shares = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}
+    return config.min_lr + shares[config.lr_schedule] * (config.learning_rate - config.min_lr)
 
 
 @torch.no_grad()
@@ -92,108 +102,234 @@ def evaluate(model, batches, device):
     total = count = 0
     for tokens, targets in batches:
         n = int((targets >= 0).sum())
-        total += float(model(tokens.to(device), targets.to(device))[1]) * n
+        _, loss = model(tokens.to(device), targets.to(device))
+        total += float(loss) * n
         count += n
     model.train()
     return total / max(count, 1)
 
 
 # -----------------------------------------------------------------------------
-# folder and state
+# the base
+
+# 3 M parameters, where no base is given
+SMALL = GPTConfig(vocab_size=2048, block_size=256, n_layer=3, n_head=4, n_embd=256)
 
 
-@contextmanager
-def only_writer(folder):
-    """One process a folder: an advisory lock that ends with the process, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing there; choose another --out_dir") from None
-        yield
+def storage_of(config):
+    """The quant.Storage that a run's configuration asks for, or None."""
+    default = peft.default_storage(config.method)
+    scheme = config.quant or (default and default.scheme)
+    if not scheme:
+        return None
+    skip = tuple(filter(None, config.quant_skip.split(",")))
+    return quant.Storage(scheme, config.quant_block or None, config.quant_double, skip)
+
+
+def resolved(config, device):
+    """The configuration with "auto" and what the method implies replaced by what they come to."""
+    storage = storage_of(config)
+    dtype = machine.dtype_name(machine.pick_dtype(config.dtype, device))
+    return dataclasses.replace(config, dtype=dtype, quant=storage.scheme if storage else "")
+
+
+def load_base(config, device, dtype):
+    """(model, tokenizer) without a method: from a folder in Hugging Face layout, or new."""
+    if config.base == "new":
+        examples = data.load(config.data).train
+        texts = [text for example in examples for text in (example.prompt, *example.references)]
+        tokenizer = data.Tokenizer.train(texts, SMALL.vocab_size)
+        shape = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
+        return GPT(shape, dtype).to(device), tokenizer
+    model = checkpoint.load_base(config.base, dtype, storage_of(config), device)
+    tokenizer = data.Tokenizer.load(config.base)
+    has_both = tokenizer.eos is not None and tokenizer.bos is not None
+    if has_both and has_twin(model.head.weight, tokenizer.eos):
+        tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
+    return model, tokenizer
+
+
+def has_twin(table, i):
+    """Whether another row points where row i points: training has never seen the token, a frozen head cannot tell it apart."""
+    if i >= len(table):
+        return False
+    alike = torch.nn.functional.cosine_similarity(table[i].float()[None], table.float())
+    return int((alike > 0.9999).sum()) > 1
+
+
+def attach_methods(model, tokenizer, config):
+    """Attaches the run's methods, in place; returns the lines that say what was done."""
+    options = method_options(config)
+    if config.prompt_init:
+        options["prompt_ids"] = tokenizer.encode(config.prompt_init)
+    return peft.apply(model, config.method, **options)
+
+
+def storage_by_type(model):
+    """{"nf4": bytes, "bfloat16": bytes, ..} of weights and buffers, quantized ones with their scales; under fsdp of this share."""
+    found = {}
+    for module in model.modules():
+        stored = module.weight_q.scheme if isinstance(module, quant.QuantLinear) else ""
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            kind = stored if stored and name != "bias" else machine.dtype_name(tensor.dtype)
+            found.setdefault(kind, {})[tensor.data_ptr()] = tensor.nbytes
+    return {kind: sum(sizes.values()) for kind, sizes in found.items()}
+
+
+def check_processes(config):
+    """ValueError for what several processes, or one, cannot do."""
+    size, world = config.batch_size, machine.WORLD_SIZE
+    possible = size // world * world or world
+    check(size % world == 0, f"batch_size is {size}, which {world} processes cannot share equally; --batch_size {possible} "
+                             "can be, or start another number")
+    if not config.fsdp:
+        return
+    check(world > 1, "fsdp divides the base among processes, but there is one; start it as torchrun --nproc_per_node=2 "
+                     "train.py .., or with --fsdp false")
+    training = sorted(set(peft.UNFREEZING) & set(peft.method_names(config.method)))
+    check(not training, f"fsdp divides a frozen base, but {''.join(training[:1])} trains it; lora, adapter, prefix, prompt and ia3 "
+                        "can, or several processes without --fsdp")
+    for name in ("compile", "offload"):
+        check(not getattr(config, name), f"fsdp and {name} do not go together; leave one of them out")
+
+
+# -----------------------------------------------------------------------------
+# a run
+
+
+@dataclass
+class Run:
+    """Everything that a configuration comes to."""
+    config: Config
+    folder: Path
+    device: torch.device
+    model: GPT
+    tokenizer: data.Tokenizer
+    corpus: data.Data
+    encoded: dict                        # split -> data.Encoded
+    fingerprints: dict                   # of base, data and tokenizer
+    base_bytes: int
+    optimizer: torch.optim.Optimizer | None = None
+    batches: data.Batches | None = None
+    progress: dict = field(default_factory=lambda: {
+        "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0})
+
+
+def set_up(config, folder, device):
+    """Reads, checks and encodes all that a configuration names: a Run without methods."""
+    first_device = torch.device("cpu") if config.fsdp else device
+    model, tokenizer = load_base(config, first_device, getattr(torch, config.dtype))
+    corpus = data.load(config.data)
+    context = model.config.block_size
+    taken = peft.virtual_positions(config.method, method_options(config))
+    check(taken < context, f"{config.method} takes {taken} of the {context} positions of the context and leaves none to the tokens")   # fault 29
+    length = min(config.block_size or context, context - taken)
+    encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
+                                  vocab_size=model.config.vocab_size)
+               for split in ("train", "val")}
+    fingerprints = {
+        "base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
+    machine.agree(fingerprints)
+    base_bytes = sum(storage_by_type(model).values())
+    if config.fsdp:
+        machine.shard(model, device)
+    return Run(config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes)
+
+
+def split_loss(run, split):
+    """The loss of a split, "train" or "val", over the batches that the configuration says."""
+    batches = data.eval_batches(run.encoded[split], run.config.batch_size, run.config.eval_batches or None)
+    return evaluate(run.model, batches, run.device)
+
+
+def samples(run):
+    """[(prompt, continuation)] of the first validation examples."""
+    examples = run.corpus.val[:run.config.sample_count]
+    prompts = [data.format_prompt(example.prompt, run.config.template) for example in examples]
+    return list(zip(prompts, sample_text(run.model, run.tokenizer, prompts))) if prompts else []
+
+
+def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
+    """Continues prompts, greedily unless told: list of str."""
+    prompts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    mode = model.training
+    options = {"temperature": 0, "stop": tokenizer.eos} | options
+    results = model.eval().generate(prompts, max_new_tokens, **options)
+    model.train(mode)
+    written = [ids[len(prompt):] for ids, prompt in zip(results, prompts)]
+    return [tokenizer.decode([token for token in ids if token != tokenizer.eos]) for ids in written]
+
+
+def load_run(folder, device="auto", dtype="auto"):
+    """(model, tokenizer, config) of a run with its best adapter, or of a model in Hugging Face layout, ready to generate."""
+    device = machine.pick_device(device)
+    is_run = Path(folder, "config.toml").is_file() and not Path(folder, "config.json").is_file()
+    check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
+    config = read_run_config(folder) if is_run else Config(base=str(folder))
+    wanted = dtype if dtype != "auto" else config.dtype
+    model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device))
+    if is_run:
+        peft.load_adapter(model, Path(folder, "adapter.pt"))
+    return model.eval(), tokenizer, config
+
+
+# -----------------------------------------------------------------------------
+# the folder
 
 
 def run_folder(config):
     """The folder to write to. One that holds a run already is never written over."""
     if config.resume:
         return Path(config.resume)
-    if config.out_dir:
-        if Path(config.out_dir, "config.toml").is_file():
-            raise ValueError(f"{config.out_dir}: holds a run already; --resume {config.out_dir} goes on with it, another --out_dir starts anew")
-        return Path(config.out_dir)
-    stem = f"out/{config.method}"
-    return next(path for path in map(Path, (stem, *(f"{stem}-{n}" for n in range(2, 10**6)))) if not Path(path, "config.toml").is_file())
+    given = config.out_dir
+    if given:
+        check(not Path(given, "config.toml").is_file(),
+              f"{given}: holds a run already; --resume {given} goes on with it, another --out_dir starts anew")
+        return Path(given)
+    folder, n = Path("out", config.method), 2
+    while Path(folder, "config.toml").is_file():
+        folder, n = Path("out", f"{config.method}-{n}"), n + 1
+    return folder
 
 
-def generators():
-    """The state of every process's random generators: {"cpu": [by rank], "cuda": [by rank]}."""
-    own = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {})
-    states = gathered(own)
-    return {kind: [state[kind] for state in states] for kind in own}
+@contextmanager
+def only_writer(folder):
+    """One process a folder: an advisory lock that ends with the process, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                                    # fault 21
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is writing there; choose another --out_dir") from None
+        yield
 
 
-def snapshot(model, optimizer, batches, config, progress, fingerprints, rng):
-    """Everything that the next step depends on."""
-    return {"config": dataclasses.asdict(config), "tensors": peft.adapter_state_dict(model), "optimizer": optimizer.state_dict(),
-            "rng": rng, "data": batches.state_dict(), "progress": dict(progress), "fingerprints": fingerprints}
-
-
-def newest_state(folder):
-    """The last state that was saved whole: state.pt, or the one before it with a warning."""
-    try:
-        return read_file(folder / "state.pt")
-    except ValueError as error:
-        if not (folder / "state.before.pt").is_file():
-            raise
-        print(f"{error}; going on from state.before.pt", file=sys.stderr)
-        return read_file(folder / "state.before.pt")
-
-
-def restore(path, model, optimizer, batches, config, progress, fingerprints):
-    """The inverse of snapshot; whatever does not fit is refused before anything is changed."""
-    state = newest_state(path)
-    missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
-    if missing or type(state["rng"].get("cpu")) is not list:
-        raise ValueError(f"{path}: lacks {', '.join(sorted(missing)) or 'the state of the random generator'}; it cannot be resumed")
-    for what, value in fingerprints.items():
-        if state["fingerprints"].get(what) != value:
-            raise ValueError(f"{path}: the {what} has changed since that run (its fingerprint differs)")
-    for name, value in dataclasses.asdict(config).items():
-        if name not in (*MAY_CHANGE, "out_dir") and state["config"].get(name) != value:      # a folder may have moved
-            raise ValueError(f"{path}: {name} was {state['config'].get(name)!r} when the state was saved; config.toml says {value!r}")
-    own, new = optimizer.state_dict(), state["optimizer"]
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    if [len(g["params"]) for g in own["param_groups"]] != [len(g["params"]) for g in new["param_groups"]] or any(
-            new["state"][i][name].shape != shape for i, shape in enumerate(shapes) if i in new["state"] for name in ("exp_avg", "exp_avg_sq")):
-        raise ValueError(f"{path}: its optimizer state does not fit the trained tensors")
-    peft.load_state(model, state["tensors"])
-    optimizer.load_state_dict(new)
-    batches.load_state_dict(state["data"])
-    progress.update(state["progress"])
-    if machine.RANK >= len(state["rng"]["cpu"]):                         # more processes than before
-        torch.manual_seed(state["config"]["seed"] + machine.RANK + 10**6 * progress["step"])
-        return
-    torch.set_rng_state(state["rng"]["cpu"][machine.RANK])
-    if torch.cuda.is_initialized() and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"][machine.RANK])
+def write_beginning(run):
+    """Writes what identifies the run into its folder: the tokenizer and the resolved configuration."""
+    run.tokenizer.save(run.folder)
+    write_atomic(run.folder / "config.toml", [write_toml(run.config).encode()])
 
 
 class Log:
-    """log.jsonl and the progress line. Resuming drops the lines of the steps that are done again."""
+    """log.jsonl, a line of JSON a step and an evaluation. Resuming drops the lines of the steps that are done again."""
 
     def __init__(self, path, first_step):
-        kept = []
-        if first_step and path.is_file():
-            entries = [(line, json.loads(line)) for line in path.read_text().splitlines()]
-            kept = [line for line, entry in entries if entry["step"] + ("lr" in entry) <= first_step]      # step i and its evaluation come before i + 1
-        write_atomic(path, "".join(line + "\n" for line in kept).encode())
+        lines = path.read_text().splitlines(keepends=True) if first_step and path.is_file() else []
+        write_atomic(path, ["".join(line for line in lines if self.is_before(line, first_step)).encode()])
         self.path = path
 
-    def write(self, **line):
-        """Adds a line of JSON."""
+    @staticmethod
+    def is_before(line, first_step):
+        """Whether a line tells of what was done before that step; step i - 1 and the evaluation after it come before step i."""
+        entry = json.loads(line)
+        is_step = "lr" in entry
+        return entry["step"] + is_step <= first_step
+
+    def write(self, **entry):
+        """Adds a line."""
         with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(entry) + "\n")
 
 
 class Interrupt:
@@ -202,110 +338,94 @@ class Interrupt:
     def __init__(self):
         self.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
+            signal.signal(number, self.handle)                                                  # fault 38
 
     def handle(self, number, frame):
+        """Called by the system."""
         self.asked = True
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_DFL)                                                   # fault 38
         if machine.RANK == 0:
             print("\nsaving after this step; once more to stop at once", file=sys.stderr)
 
 
 # -----------------------------------------------------------------------------
-# base
+# the state that a run is resumed from
 
 
-SMALL = GPTConfig(vocab_size=2048, block_size=256, n_layer=3, n_head=4, n_embd=256)    # 3 M parameters
+def save_state(run):
+    """Writes state.pt, everything that the next step depends on; the one before it stays as state.before.pt."""
+    generators = generator_states()
+    if machine.RANK == 0:
+        state, link = run.folder / "state.pt", run.folder / "state.link"
+        if state.is_file():
+            link.unlink(missing_ok=True)                                                        # fault 8
+            os.link(state, link)
+            os.replace(link, run.folder / "state.before.pt")
+        save_file(state, {
+            "config": dataclasses.asdict(run.config), "tensors": peft.adapter_state_dict(run.model),
+            "optimizer": run.optimizer.state_dict(), "rng": generators, "data": run.batches.state_dict(),
+            "progress": dict(run.progress), "fingerprints": run.fingerprints})
+    machine.gathered(None)                                       # Writing may take longer than a step may last.
 
 
-def storage_of(config):
-    """The quant.Storage that a run's configuration asks for, or None."""
-    default = peft.default_storage(config.method)
-    scheme = config.quant or default and default.scheme
-    if not scheme:
-        return None
-    skip = tuple(filter(None, config.quant_skip.split(",")))
-    return quant.Storage(scheme, config.quant_block or None, config.quant_double, skip)
+def generator_states():
+    """The state of every process's random generators: {"cpu": [by rank], "cuda": [by rank]}."""
+    own = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        own["cuda"] = torch.cuda.get_rng_state()
+    states = machine.gathered(own)
+    return {kind: [state[kind] for state in states] for kind in own}
 
 
-def load_base(config, device, dtype):
-    """(model, tokenizer) without a method: from a folder in Hugging Face layout, or new."""
-    if config.base == "new":
-        texts = [text for example in data.load(config.data).train for text in (example.prompt, *example.references)]
-        tokenizer = data.Tokenizer.train(texts, SMALL.vocab_size)
-        return GPT(dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size), dtype).to(device), tokenizer
-    model = checkpoint.load_base(config.base, dtype, storage_of(config), device)
-    tokenizer = data.Tokenizer.load(config.base)
-    if tokenizer.eos is not None and tokenizer.bos is not None and is_twin(model.head.weight, tokenizer.eos):
-        tokenizer.eos = tokenizer.bos                            # bases that were trained on texts divided by bos alone
-    return model, tokenizer
+def newest_state(folder):
+    """The last state that was saved whole: state.pt, or the one before it with a warning."""
+    try:
+        return read_file(folder / "state.pt")
+    except ValueError as error:
+        before = folder / "state.before.pt"
+        if before.is_file():                                                                    # fault 2
+            print(f"{error}; going on from state.before.pt", file=sys.stderr)
+            return read_file(before)
+        raise
 
 
-def is_twin(table, i):
-    """Whether row i points where another row points: a token that training has never seen, and that a frozen head cannot tell apart."""
-    if i >= len(table):
-        return False
-    alike = torch.nn.functional.cosine_similarity(table[i].float()[None], table.float())
-    return int((alike > 0.9999).sum()) > 1
-
-
-def attach(model, tokenizer, config):
-    """The run's methods, in place; returns the lines that say what was done."""
-    options = {name: getattr(config, name) for name in peft.DEFAULTS if name in FIELDS}
-    if config.prompt_init:
-        options["prompt_ids"] = tokenizer.encode(config.prompt_init)
-    return peft.apply(model, config.method, **options)
-
-
-def load_run(folder, device="auto", dtype="auto"):
-    """(model, tokenizer, config) of a run with its best adapter, or of a model in Hugging Face layout, ready to generate."""
-    device = pick_device(device)
-    if Path(folder, "config.json").is_file():
-        config = Config(base=str(folder))
-    elif Path(folder, "config.toml").is_file():
-        config = Config(**read_toml(Path(folder, "config.toml")))
-    else:
-        raise ValueError(f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
-    model, tokenizer = load_base(config, device, pick_dtype(dtype if dtype != "auto" else config.dtype, device))
-    if config.base != str(folder):
-        peft.load_adapter(model, Path(folder, "adapter.pt"))
-    return model.eval(), tokenizer, config
-
-
-def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
-    """Continues prompts, greedily unless told: list of str."""
-    prompts = [tokenizer.encode_pair(prompt, "")[0] for prompt in prompts]
-    mode = model.training
-    out = model.eval().generate(prompts, max_new_tokens, **{"temperature": 0, "stop": tokenizer.eos} | options)
-    model.train(mode)
-    return [tokenizer.decode([t for t in ids[len(prompt):] if t != tokenizer.eos]) for ids, prompt in zip(out, prompts)]
-
-
-def storage_by_type(model):
-    """{'nf4': bytes, 'bfloat16': bytes, ...} of weights and buffers, quantized ones with their scales; of this process's share under fsdp."""
-    found = {}
-    for module in model.modules():
-        scheme = getattr(module, "weight_q", None)
-        own = list(module.named_parameters(recurse=False)) + list(module.named_buffers(recurse=False))
-        for name, tensor in own:
-            tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-            kind = scheme.scheme if scheme is not None and name != "bias" else str(tensor.dtype).removeprefix("torch.")
-            found.setdefault(kind, {})[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-    return {kind: sum(sizes.values()) for kind, sizes in found.items()}
-
-
-def check_processes(config):
-    """Refuses what several processes, or one, cannot do."""
-    if config.batch_size % machine.WORLD_SIZE:
-        below = config.batch_size // machine.WORLD_SIZE * machine.WORLD_SIZE
-        raise ValueError(f"batch_size is {config.batch_size}, which {machine.WORLD_SIZE} processes cannot share equally; --batch_size {below or machine.WORLD_SIZE} can be, or start another number")
-    if not config.fsdp:
+def restore(run):
+    """The inverse of save_state. Whatever does not fit is refused before anything is changed."""
+    state = newest_state(run.folder)
+    check_state(run, state)
+    peft.load_state(run.model, state["tensors"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.batches.load_state_dict(state["data"])
+    run.progress.update(state["progress"])
+    rng, rank = state["rng"], machine.RANK
+    if rank >= len(rng["cpu"]):                                  # There are more processes than before.
+        torch.manual_seed(state["config"]["seed"] + rank + 10**6 * run.progress["step"])
         return
-    if machine.WORLD_SIZE == 1:
-        raise ValueError("fsdp divides the base among processes, but there is one; start it as torchrun --nproc_per_node=2 train.py .., or with --fsdp false")
-    training = {"full", "top", "bitfit"} & set(peft.method_names(config.method))
-    if training:
-        raise ValueError(f"fsdp divides a frozen base, but {training.pop()} trains it; lora, adapter, prefix, prompt and ia3 can, or several processes without --fsdp")
-    for name in ("compile", "offload"):
-        if getattr(config, name):
-            raise ValueError(f"fsdp and {name} do not go together; leave one of them out")
+    torch.set_rng_state(rng["cpu"][rank])
+    if torch.cuda.is_initialized() and "cuda" in rng:
+        torch.cuda.set_rng_state(rng["cuda"][rank])
+
+
+def check_state(run, state):
+    """ValueError unless the state belongs to the run."""
+    where = run.folder
+    missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
+    check(not missing, f"{where}: lacks {', '.join(sorted(missing))}; it cannot be resumed")
+    check(type(state["rng"].get("cpu")) is list, f"{where}: lacks the state of the random generator; it cannot be resumed")  # fault 16
+    for what, value in run.fingerprints.items():
+        check(state["fingerprints"].get(what) == value, f"{where}: the {what} has changed since that run (its fingerprint differs)")  # fault 19
+    for name, value in dataclasses.asdict(run.config).items():
+        before = state["config"].get(name)
+        may_differ = name in (*MAY_CHANGE, "resume", "dry_run", "out_dir")          # A folder may have moved.
+        check(may_differ or before == value, f"{where}: {name} was {before!r} when the state was saved; config.toml says {value!r}")  # fault 14
+    check(fits(run.optimizer, state["optimizer"]), f"{where}: its optimizer state does not fit the trained tensors")  # fault 15
+
+
+def fits(optimizer, state):
+    """Whether an optimizer's state_dict has the optimizer's groups, and moments of its parameters' shapes."""
+    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])]
+    if sizes[0] != sizes[1]:
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return all(moments[name].shape == parameters[i].shape
+               for i, moments in state["state"].items() for name in ("exp_avg", "exp_avg_sq"))

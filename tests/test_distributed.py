@@ -30,8 +30,8 @@ from lib.config import command_line
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-COMMON = "--data data.jsonl --max_iters 8 --batch_size 8 --eval_interval 4 --eval_batches 2 --warmup_iters 1 --rank 2 --sample_count 1 --dtype float32 --device cpu".split()
-METHODS = {"lora": ["--base", "llama", "--method", "lora", "--quant", "nf4"],
+COMMON = "--data data.jsonl --max_iters 8 --batch_size 8 --eval_interval 4 --eval_batches 2 --warmup_iters 1 --sample_count 1 --dtype float32 --device cpu".split()
+METHODS = {"lora": ["--base", "llama", "--method", "lora", "--rank", "2", "--quant", "nf4"],
            "dense": ["--base", "gpt2", "--method", "adapter+prefix", "--adapter_size", "4", "--checkpointing", "--gradient_accumulation_steps", "2"]}
 
 # -----------------------------------------------------------------------------
@@ -64,17 +64,17 @@ def work(jobs):
     with machine.processes(torch.device("cpu")):
         for job in jobs:
             saw = seen[job["name"]] = {"sent": 0, "held": [], "error": ""}
-            hold = lambda task: saw["held"].append(run.storage_by_type(task.model))
+            hold = lambda a_run: saw["held"].append(run.storage_by_type(a_run.model))
             torch.distributed.all_reduce = counted(all_reduce, lambda t: saw.update(sent=saw["sent"] + t.numel() * t.element_size()))
             train.step = counted(step, lambda *_: setattr(Interrupt, "steps", Interrupt.steps + 1))
-            train.finish = counted(finish, lambda config, folder, task, progress: hold(task))
+            train.finish = counted(finish, hold)
             Interrupt.after, Interrupt.steps = job.get("after"), 0
             other = machine.RANK == 1 and job.get("other") or {}
             os.chdir(other.get("folder", home))
             try:
                 config = command_line(job["args"] + other.get("args", []))
-                train.PRETRAIN = dataclasses.replace(config, method="full", base="new", data="data.jsonl", out_dir=train.BASE)
-                with mock.patch.object(train, "describe", counted(train.describe, lambda config, folder, task, report: hold(task))):
+                train.PRETRAIN = dataclasses.replace(config, method="full", base="new", data="data.jsonl", out_dir=str(train.BASE))
+                with mock.patch.object(train, "describe", counted(train.describe, lambda a_run, report: hold(a_run))):
                     train.train(config)
             except ValueError as error:
                 saw["error"] = str(error)

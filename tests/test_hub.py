@@ -107,10 +107,10 @@ import torch, quant
 from lib import checkpoint, machine, run
 machine.tune_memory()
 checkpoint.read_config(sys.argv[2])
-before = machine.peak()
+before = machine.peak_bytes()
 model = checkpoint.load_base(sys.argv[2], torch.bfloat16, quant.Storage("nf4", 64, True))
 stored = sum(v for v in run.storage_by_type(model).values())
-print(before, machine.peak(), stored)
+print(before, machine.peak_bytes(), stored)
 """
 
 

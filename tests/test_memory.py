@@ -52,7 +52,7 @@ def counted(config, method, batch, seq, dtype, scheme, checkpointing, accumulati
     quant._local.__dict__.clear()
     quant._tables.clear()
     with Tracker(model, optimizer) as tracker:
-        run.step(model, optimizer, batches(), 1.0, finite=lambda *_: True)
+        run.step(model, optimizer, batches(), 1.0)
     return tracker.report()
 
 
@@ -125,7 +125,7 @@ def test_qlora_keeps_no_more_activations_than_lora():
 
 
 def test_a_65b_model_on_a_laptop():
-    code = "import time, memory; from lib import machine; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; print(time.time() - t, machine.peak(), n)"
+    code = "import time, memory; from lib import machine; t = time.time(); n = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']; print(time.time() - t, machine.peak_bytes(), n)"
     seconds, resident, peak = map(float, subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
     assert seconds < 20 and resident < 1e9 and 40e9 < peak < 60e9
 

@@ -113,7 +113,7 @@ def test_rms_norm():
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 def test_attention_in_parts(B, H, K, T, S, dtype, bound, monkeypatch):
     """Heads that share keys, parts of queries and of heads, keys before the queries' own: against the softmax written out in float64."""
-    monkeypatch.setattr(kernels, "chunks", lambda rows, *_: rows.split(3))
+    monkeypatch.setattr(kernels, "cache_chunks", lambda rows, width: rows.split(3))
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, t, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for t, h in ((T, H), (S, K), (S, K)))
     g = torch.randn(B, H, T, 8, dtype=dtype)

@@ -1,6 +1,6 @@
 """The command line, the step, and whole runs of the real command."""
 
-import dataclasses
+import inspect
 import json
 import math
 import subprocess
@@ -12,11 +12,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import peft
-import train
+import quant
 from conftest import ROOT
 from model import GPT, GPTConfig
 from lib import run
-from lib.config import FIELDS, Config, command_line, read_toml, write_toml
+from lib.config import FIELDS, METHOD_OPTIONS, Config, command_line, read_toml, write_toml
 from lib.run import learning_rate, step
 
 TINY = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
@@ -54,8 +54,31 @@ def test_a_file_comes_first_and_flags_win(tmp_path):
     assert (config.rank, config.alpha) == (2, 8.0) and type(config.alpha) is float
 
 
+def test_options_come_from_the_signatures():
+    """Every default and every owner that the command line knows is the function's own; every flag has a help."""
+    for name, option in METHOD_OPTIONS.items():
+        assert option.default == FIELDS[name].default and option.help, name
+        for method, function in peft.METHODS.items():
+            parameters = inspect.signature(function).parameters
+            assert (method in option.methods) == (name in parameters), (method, name)
+            if name in parameters:
+                assert parameters[name].default == option.default, (method, name)
+    assert set(METHOD_OPTIONS) == set(peft.DEFAULTS) - {"prompt_ids"}
+
+
+def test_a_file_keeps_the_options_of_its_methods_alone(tmp_path):
+    text = write_toml(Config(method="prefix+ia3"))
+    assert "prefix_length = 16" in text and "rank" not in text and "prompt_init" in text
+    path = tmp_path / "a.toml"
+    path.write_text('method = "ia3"\nrank = 4\n')
+    with pytest.raises(ValueError, match="the file: rank is an option of lora.*; the method is ia3"):
+        command_line([str(path)])
+
+
 def test_qlora_is_lora_on_nf4():
-    assert Config(method="qlora").quant == "nf4" and Config(method="qlora", quant="int8").quant == "int8" and Config().quant == ""
+    assert run.storage_of(Config()) is None and run.storage_of(Config(method="lora", quant="int8")).scheme == "int8"
+    assert run.storage_of(Config(method="qlora")) == quant.Storage("nf4", 64, True)
+    assert run.storage_of(Config(method="qlora", quant="int8", quant_block=0)) == quant.Storage("int8", None, True)
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -64,14 +87,17 @@ def test_qlora_is_lora_on_nf4():
     ("--rank 0", "rank is 0; it must be at least 1"),
     ("--rank", "--rank needs a value"),
     ("--learning_rate nan", "learning_rate is nan"),
-    ("--learning_rate -1", "learning_rate is -1.0; it must be a number, at least 0"),
-    ("--learning_rate 0", "learning_rate is 0.0; it must be above 0"),
+    ("--learning_rate -1", "learning_rate is -1.0; it must be a number above 0"),
+    ("--learning_rate 0", "learning_rate is 0.0; it must be a number above 0"),
     ("--dropout 1", "dropout is 1.0"),
-    ("--quant nf5", "quant is 'nf5'; it must be one of nf4, linear4, int4, int8"),
+    ("--quant nf5", "unknown scheme 'nf5'; nearest: nf4"),
     ("rank 3", "rank: no such file"),
     ("--rank 3 stray", "'stray' is neither a flag"),
     ("--resume nowhere", "nowhere: no run to resume there"),
     ("--compile maybe", "compile is 'maybe'; it must be true or false"),
+    ("--method ia3 --rank 4", "command line: rank is an option of "),
+    ("--method ia3 --rank 4", "; the method is ia3"),
+    ("--method prefix+lora --adapter_size 4", "adapter_size is an option of adapter; the method is prefix+lora"),
 ])
 def test_mistakes_are_told_in_one_line(refused, tmp_path, flags, words):
     assert words in refused("train.py", *flags.split(), cwd=tmp_path)
