@@ -6,12 +6,14 @@ One GPT-style transformer: GPT-2, OPT and Llama by configuration. It knows nothi
     logits, _ = model(tokens)             # tokens (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(tokens, targets)      # mean cross-entropy where targets != -1; the logits never exist at once
 
-Three things are left open for others to replace, and are written so that they can be: a linear layer is only
-called and asked for `in_features` and `out_features`; `Attention.forward` and `Block.forward` read like the slides;
-and `Embed` may put positions of its own in front of the tokens', because the model keeps the last T.
+Three things are left open for others to replace, and are written so that they can be: a linear layer is
+only called and asked for `in_features` and `out_features`; `Attention.forward` and `Block.forward` read
+like the slides; and `Embed` may put positions of its own in front of the tokens', because the model keeps
+the last T.
 
-The weights may lie in another type than the computation's (float32 masters, bfloat16 activations): every layer casts
-its weight to the type of its input. Autocast does the same, but keeps a cast copy of each weight until the step ends.
+The weights may lie in another type than the computation's (float32 masters, bfloat16 activations): every
+layer casts its weight to the type of its input. Autocast does the same, but keeps a cast copy of each
+weight until the step ends.
 """
 
 import math
@@ -38,7 +40,10 @@ CHOICES = {"position": ("learned", "rope"), "norm": ("layer", "rms"), "activatio
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The architecture. Where n_kv_head, n_ffn or head_dim is 0 it follows from the others: read kv_heads, d_ffn and d_head."""
+    """
+    The architecture. Where n_kv_head, n_ffn or head_dim is 0 it follows from the others: read kv_heads,
+    d_ffn and d_head.
+    """
     vocab_size: int = 50257
     block_size: int = 1024          # longest sequence, in tokens
     n_layer: int = 12
@@ -155,7 +160,8 @@ class Embed(nn.Module):
         """
         tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache.
 
-        Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where past is 0.
+        Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where
+        past is 0.
         """
         x = self.tokens(tokens)
         if self.positions is not None:
@@ -164,7 +170,9 @@ class Embed(nn.Module):
 
 
 def rotate(x, rope):
-    """Rotary positions (Su et al. 2021, eq. 34), the halves paired as in Llama. x: (B, heads, T, head_dim)."""
+    """
+    Rotary positions (Su et al. 2021, eq. 34), the halves paired as in Llama. x: (B, heads, T, head_dim).
+    """
     cos, sin = rope
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
@@ -197,7 +205,8 @@ class Attention(nn.Module):
         """
         softmax(q k^T / sqrt(head_dim)) v.
 
-        mask: bool (B or 1, 1, T, S), True where seen; None for causal, where the first S - T keys are seen by all.
+        mask: bool (B or 1, 1, T, S), True where seen; None for causal, where the first S - T keys are seen
+        by all.
         """
         T, S = q.size(2), k.size(2)
         if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
@@ -212,8 +221,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         y = self.attend(q, k, v, mask)
-        y = y.transpose(1, 2).flatten(2)                         # (B, heads, T, head_dim) -> (B, T, heads * head_dim)
-        return self.out(y)
+        return self.out(y.transpose(1, 2).flatten(2))            # (B, heads, T, d) -> (B, T, heads * d)
 
 
 class FFN(nn.Module):
@@ -233,7 +241,10 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """The slides' transformer block, with the LayerNorms before the parts (pre-LN) as GPT-2, OPT and Llama have them."""
+    """
+    The slides' transformer block, with the LayerNorms before the parts (pre-LN) as GPT-2, OPT and Llama
+    have them.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -296,13 +307,18 @@ class Cache:
 
 
 class GPT(nn.Module):
-    """The transformer. `checkpointing` recomputes each block in the backward pass instead of keeping its activations."""
+    """
+    The transformer. `checkpointing` recomputes each block in the backward pass instead of keeping its
+    activations.
+    """
 
     def __init__(self, config, dtype=torch.float32):
-        """config: GPTConfig; dtype: the type of the computation, not of the weights (they are float32 here)."""
+        """
+        config: GPTConfig; dtype: the type of the computation, not of the weights (they are float32 here).
+        """
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
-        self.reserved = 0                                        # positions of the context that the tokens cannot have
+        self.reserved = 0                                        # positions that the tokens cannot have
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
@@ -316,7 +332,10 @@ class GPT(nn.Module):
         self.reset()
 
     def reset(self):
-        """GPT-2's initialization: normal of deviation 0.02, divided by sqrt(2 n_layer) where a part ends in a residual."""
+        """
+        GPT-2's initialization: normal of deviation 0.02, divided by sqrt(2 n_layer) where a part ends in a
+        residual.
+        """
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 ends_in_residual = name.endswith(("out.weight", "down.weight"))
@@ -330,7 +349,9 @@ class GPT(nn.Module):
         return angle.cos(), angle.sin()
 
     def rope(self, pos):
-        """cos and sin for positions (T,) or (B, T): (1 or B, 1, T, head_dim / 2) in the type of the computation."""
+        """
+        cos and sin for positions (T,) or (B, T): (1 or B, 1, T, head_dim / 2) in the type of the computation.
+        """
         if self.config.position != "rope":
             return None
         pos = pos if pos.dim() == 2 else pos.unsqueeze(0)
@@ -401,9 +422,9 @@ class GPT(nn.Module):
         """
         Continues prompts with a key-value cache. Returns lists, one a prompt: the prompt and what follows.
 
-        tokens: (B, T) int64, or a list of lists of different lengths. temperature 0 is greedy; top_k keeps the k
-        likeliest tokens, top_p the fewest whose probability reaches p. Generation ends at `stop` (kept in the result),
-        after max_new_tokens, or at the context's end.
+        tokens: (B, T) int64, or a list of lists of different lengths. temperature 0 is greedy; top_k keeps
+        the k likeliest tokens, top_p the fewest whose probability reaches p. Generation ends at `stop`
+        (kept in the result), after max_new_tokens, or at the context's end.
         """
         prompts = tokens.tolist() if isinstance(tokens, torch.Tensor) else [list(p) for p in tokens]
         results = [list(p) for p in prompts]
@@ -415,7 +436,10 @@ class GPT(nn.Module):
 
 
 def pad_left(prompts, device):
-    """Lists of token ids -> tokens and positions, (B, T) int64 both; padding stands at the left and has negative positions."""
+    """
+    Lists of token ids -> tokens and positions, (B, T) int64 both; padding stands at the left and has
+    negative positions.
+    """
     longest = max(map(len, prompts))
     if min(map(len, prompts)) < 1:
         raise ValueError("an empty prompt: give at least the beginning-of-sequence token")

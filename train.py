@@ -8,8 +8,9 @@ Fine-tunes a model on little hardware. One process on a CPU or a GPU, or several
     python train.py --method qlora --base DIR --dry_run       # parameters and memory, then stop
     torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; --fsdp: of the base too
 
-The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer, state.pt
-(the last, for resuming), metrics.json and samples.txt. The knobs are declared in lib/config.py, a method's in peft.py.
+The run's folder then holds config.toml, log.jsonl, adapter.pt (the best by validation loss), the tokenizer,
+state.pt (the last, for resuming), metrics.json and samples.txt. The knobs are declared in lib/config.py, a
+method's in peft.py.
 """
 
 import dataclasses
@@ -38,9 +39,9 @@ from lib.files import save_file, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
-    Interrupt, Log, attach_methods, check_processes, learning_rate, make_optimizer, numbers_are_finite, offload,
-    only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step, storage_by_type,
-    storage_of, write_beginning)
+    Interrupt, Log, attach_methods, check_processes, learning_rate, make_optimizer, numbers_are_finite,
+    offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step,
+    storage_by_type, storage_of, write_beginning)
 
 # -----------------------------------------------------------------------------
 # the base where none is given: a small one, pretrained by this same code the first time that it is needed
@@ -150,7 +151,8 @@ def predict(run, batch, length):
     settings = {name: getattr(config, name) for name in names} | method_options(config)
     dtype = getattr(torch, config.dtype)
     report = memory.simulate(
-        run.model.config, config.method, batch, length, dtype, run.device.type, storage_of(config), **settings)
+        run.model.config, config.method, batch, length, dtype, run.device.type, storage_of(config),
+        **settings)
     return report["peak"]
 
 
@@ -176,7 +178,9 @@ def measured(run, micro_batches):
 
 
 def loop(run):
-    """Trains until max_iters (True), or until somebody asks for an end (False). The state is saved either way."""
+    """
+    Trains until max_iters (True), or until somebody asks for an end (False). The state is saved either way.
+    """
     config, model, progress = run.config, run.model, run.progress
     interrupt, first = Interrupt(), progress["step"]
     log = Log(run.folder / "log.jsonl", first) if machine.RANK == 0 else None
@@ -239,7 +243,10 @@ def evaluate_and_save(run, log):
 
 
 def skip_or_stop(run, loss, norm, micro_batches):
-    """Counts steps whose loss or gradient was not finite; after ten in a row keeps the batch for a look, and gives up."""
+    """
+    Counts steps whose loss or gradient was not finite; after ten in a row keeps the batch for a look, and
+    gives up.
+    """
     progress = run.progress
     if numbers_are_finite(loss, norm):
         progress["skipped_in_a_row"] = 0
@@ -262,7 +269,9 @@ def skip_or_stop(run, loss, norm, micro_batches):
 
 
 def finish(run):
-    """Puts the best adapter back, writes samples and metrics, and says what to do next. Returns the metrics."""
+    """
+    Puts the best adapter back, writes samples and metrics, and says what to do next. Returns the metrics.
+    """
     config, folder, progress = run.config, run.folder, run.progress
     adapter = folder / "adapter.pt"
     peft.load_adapter(run.model, adapter, replace=True)
@@ -298,7 +307,10 @@ def finish(run):
 
 
 def main(config):
-    """Trains among the processes there are. Running out of memory becomes a ValueError that names the next thing to try."""
+    """
+    Trains among the processes there are. Running out of memory becomes a ValueError that names the next
+    thing to try.
+    """
     try:
         with machine.processes(machine.pick_device(config.device)):
             train(config)

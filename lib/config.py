@@ -1,11 +1,12 @@
 """
-What a run can be told: one flat dataclass as flags, as a TOML file and as help. Without torch, so that --help answers at once.
+What a run can be told: one flat dataclass as flags, as a TOML file and as help. Without torch, so that
+--help answers at once.
 
     config = command_line(["configs/small.toml", "--method", "lora", "--rank=4"])       # a Config, checked
     print(help_text(doc))                                                               # every flag with its meaning
 
-A knob of the run is declared in the class below, an option of a method in the signature of the method's function in peft.py.
-Either is one line: name, default, and a comment that is its help.
+A knob of the run is declared in the class below, an option of a method in the signature of the method's
+function in peft.py. Either is one line: name, default, and a comment that is its help.
 """
 
 import ast
@@ -122,7 +123,9 @@ def comment_of(line):
 
 
 def read_method_options(path):
-    """{name: Option} of the functions that the table METHODS in the file names, the arguments after the model."""
+    """
+    {name: Option} of the functions that the table METHODS in the file names, the arguments after the model.
+    """
     source = path.read_text(encoding="utf-8")
     tree, lines = ast.parse(source), source.splitlines()
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
@@ -153,7 +156,8 @@ FIELDS = {field.name: field for field in dataclasses.fields(Config)}
 def method_options(config):
     """{name: value} of the options that the configuration's methods have."""
     chosen = set(config.method.split("+"))
-    return {name: getattr(config, name) for name, option in METHOD_OPTIONS.items() if chosen & set(option.methods)}
+    names = [name for name, option in METHOD_OPTIONS.items() if chosen & set(option.methods)]
+    return {name: getattr(config, name) for name in names}
 
 
 def check_options(values, method, where):
@@ -201,7 +205,9 @@ def read_toml(path):
 
 
 def write_toml(config):
-    """The text of a config.toml that read_toml reads back: every knob, and the options of the chosen methods."""
+    """
+    The text of a config.toml that read_toml reads back: every knob, and the options of the chosen methods.
+    """
     options = method_options(config)
     lines = []
     for name, value in dataclasses.asdict(config).items():
@@ -290,7 +296,8 @@ def help_text(doc):
 
 def run_main(main, *args):
     """
-    main(*args). A user's mistake is told in one line on standard error, with exit status 2; NANOPEFT_DEBUG=1 shows the traceback.
+    main(*args). A user's mistake is told in one line on standard error, with exit status 2;
+    NANOPEFT_DEBUG=1 shows the traceback.
     """
     script = Path(sys.argv[0]).name
     try:

@@ -1,9 +1,10 @@
 """
-Hand-written autograd Functions that make torch's numbers faster on a CPU or in less memory: RMSNorm, causal attention, and
-cross-entropy in chunks. And the one seam between devices: device_type says which device's path a tensor's computation takes.
+Hand-written autograd Functions that make torch's numbers faster on a CPU or in less memory: RMSNorm, causal
+attention, and cross-entropy in chunks. And the one seam between devices: device_type says which device's
+path a tensor's computation takes.
 
-What was tried and left: scores in bfloat16 (4 % faster, two to five times the error); scores in float32 as a sum of two bfloat16
-products (no faster than one float32 product).
+What was tried and left: scores in bfloat16 (4 % faster, two to five times the error); scores in float32 as
+a sum of two bfloat16 products (no faster than one float32 product).
 """
 
 from contextlib import contextmanager
@@ -17,7 +18,10 @@ _simulated_device = None
 
 
 def device_type(tensor):
-    """ "cpu" or "cuda": the device whose path a tensor's computation takes. Within simulated_device it is the simulated one's."""
+    """
+    "cpu" or "cuda": the device whose path a tensor's computation takes. Within simulated_device it is the
+    simulated one's.
+    """
     return _simulated_device or tensor.device.type
 
 
@@ -28,7 +32,10 @@ def simulating():
 
 @contextmanager
 def simulated_device(kind):
-    """Within it every tensor takes the path of a "cpu" or "cuda" device (memory.py, whose fake tensors lie nowhere)."""
+    """
+    Within it every tensor takes the path of a "cpu" or "cuda" device (memory.py, whose fake tensors lie
+    nowhere).
+    """
     global _simulated_device
     before, _simulated_device = _simulated_device, kind
     try:
@@ -47,8 +54,8 @@ ROWS_OF_PRODUCTS = 64           # oneDNN is 8 % faster where a product's rows ar
 
 def representatives(chunks):
     """
-    The chunks that have to be computed: all of them. A simulation runs the first two and the last one alone, because the others
-    reuse the memory of the second.
+    The chunks that have to be computed: all of them. A simulation runs the first two and the last one
+    alone, because the others reuse the memory of the second.
     """
     if not simulating() or len(chunks) < 4:
         return chunks
@@ -62,7 +69,10 @@ def product_chunks(rows, width):
 
 
 def cache_chunks(rows, width):
-    """The tensor rows, each standing for width numbers, in parts that stay in a CPU's cache; on another device in one part."""
+    """
+    The tensor rows, each standing for width numbers, in parts that stay in a CPU's cache; on another device
+    in one part.
+    """
     n = max(1, CACHE_CHUNK // width) if device_type(rows) == "cpu" else len(rows)
     return representatives(rows.split(n))
 
@@ -80,7 +90,8 @@ class RMSNorm(torch.autograd.Function):
     """
     y = w x r,  r = 1 / sqrt(mean(x^2) + eps),  dx = r (w g) - x r^3 mean(w g x),  dw = sum of g x r
 
-    On a CPU torch's rms_norm is put together from a dozen operations and keeps two float32 copies of x; this keeps x.
+    On a CPU torch's rms_norm is put together from a dozen operations and keeps two float32 copies of x;
+    this keeps x.
     """
 
     @staticmethod
@@ -116,13 +127,17 @@ class CausalAttention(torch.autograd.Function):
     S = Q K^T / sqrt(d),  P = softmax(S),  O = P V                          (Dao et al. 2022, appendix B)
     dV = P^T dO,  dP = dO V^T,  dS = P x (dP - rowsum(P x dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d)
 
-    It works on tiles of a few heads and 128 queries, which skips most of what the mask hides, and makes P again in the backward
-    pass. Torch's own kernel for a CPU takes twice the time in bfloat16, three times for short sequences. S is in float32, as there.
+    It works on tiles of a few heads and 128 queries, which skips most of what the mask hides, and makes P
+    again in the backward pass. Torch's own kernel for a CPU takes twice the time in bfloat16, three times
+    for short sequences. S is in float32, as there.
     """
 
     @staticmethod
     def forward(ctx, q, k, v):
-        """q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim); the first S - T keys are seen by all. Returns O like q."""
+        """
+        q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim); the first S - T keys are seen by
+        all. Returns O like q.
+        """
         ctx.save_for_backward(q, k, v)
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         q, k, v = by_shared_keys(q, k, v)
@@ -137,7 +152,8 @@ class CausalAttention(torch.autograd.Function):
         q, k, v = by_shared_keys(*saved)
         scale = q.size(-1) ** -0.5
         dq_all = torch.empty_like(q)
-        dk_all, dv_all = torch.zeros_like(k, dtype=accurate(k.dtype)), torch.zeros_like(v, dtype=accurate(v.dtype))
+        dk_all = torch.zeros_like(k, dtype=accurate(k.dtype))
+        dv_all = torch.zeros_like(v, dtype=accurate(v.dtype))
         for queries, keys, p, heads in tiles(q, k, v, g.reshape(q.shape), dq_all, dk_all, dv_all):
             q, k, v, do, dq, dk, dv = heads
             q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
@@ -150,7 +166,10 @@ class CausalAttention(torch.autograd.Function):
 
 
 def by_shared_keys(q, k, v):
-    """q (B, n_head, T, d) -> (B x n_kv_head, G, T, d), whose G heads share a key; k and v -> (B x n_kv_head, S, d)."""
+    """
+    q (B, n_head, T, d) -> (B x n_kv_head, G, T, d), whose G heads share a key; k and v -> (B x n_kv_head,
+    S, d).
+    """
     B, n_head, T, d = q.shape
     n_kv_head = k.size(1)
     q = q.reshape(B * n_kv_head, n_head // n_kv_head, T, d)
@@ -161,8 +180,8 @@ def tiles(q, k, *others):
     """
     Yields (queries, keys, P, heads) for every tile of the attention.
 
-    q (n, G, T, d), k (n, S, d), others (n, ..). queries, keys: slices of T and S. P: softmax(S) of the tile, (heads, G x queries,
-    keys), in the type of q. heads: the tile's heads of q, k and the others.
+    q (n, G, T, d), k (n, S, d), others (n, ..). queries, keys: slices of T and S. P: softmax(S) of the
+    tile, (heads, G x queries, keys), in the type of q. heads: the tile's heads of q, k and the others.
     """
     _, G, T, d = q.shape
     S = k.size(1)
@@ -181,17 +200,19 @@ def tiles(q, k, *others):
 
 
 # -----------------------------------------------------------------------------
-# loss: the (tokens x vocabulary) float32 logits of GPT-2 at 4 x 512 would take 412 MB, their gradient as much again
+# loss: the float32 logits of GPT-2 at 4 x 512 tokens would take 412 MB, their gradient as much again
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
     """
-    Sum of the cross-entropy of softmax(x W^T) over the rows whose target is not -1, a chunk of rows at a time.
+    Sum of the cross-entropy of softmax(x W^T) over the rows whose target is not -1, a chunk of rows at a
+    time.
 
     z = W x,  p = softmax(z),  loss = (1 - e) (logsumexp(z) - z_target) + e (logsumexp(z) - mean(z))
     dloss/dz = p - (1 - e) onehot(target) - e / V,  dx = dz W,  dW = dz^T x
 
-    The gradients are made in the forward pass while a chunk's logits exist, so that nothing is computed twice.
+    The gradients are made in the forward pass while a chunk's logits exist, so that nothing is computed
+    twice.
     """
 
     @staticmethod
@@ -221,8 +242,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def rows_of_loss(targets):
     """
-    Indices (N',) of the rows that go into the loss. On a CPU those with a target alone, so that masked prompts cost nothing, filled
-    up to a multiple of 64: oneDNN makes and keeps a kernel for every number of rows. Elsewhere all: knowing them would cost a sync.
+    Indices (N',) of the rows that go into the loss. On a CPU those with a target alone, so that masked
+    prompts cost nothing, filled up to a multiple of 64: oneDNN makes and keeps a kernel for every number of
+    rows. Elsewhere all: knowing them would cost a sync.
     """
     if device_type(targets) != "cpu" or simulating() or torch.compiler.is_compiling():
         return torch.arange(len(targets), device=targets.device)
@@ -232,7 +254,10 @@ def rows_of_loss(targets):
 
 
 def loss_and_gradient(z, targets, smoothing, need_gradient):
-    """The sum of the losses of the logits z (n, V) with targets (n,); with need_gradient z becomes dloss/dz, in place."""
+    """
+    The sum of the losses of the logits z (n, V) with targets (n,); with need_gradient z becomes dloss/dz,
+    in place.
+    """
     V = z.size(-1)
     p = z.to(accurate(z.dtype), copy=True)
     counted = (targets >= 0).unsqueeze(1).to(p.dtype)
@@ -250,7 +275,9 @@ def loss_and_gradient(z, targets, smoothing, need_gradient):
 
 
 def cross_entropy(x, weight, targets, label_smoothing=0.0):
-    """Mean over the targets that are not -1. x (N, C), weight (V, C), targets (N,) int64 -> float32 scalar."""
+    """
+    Mean over the targets that are not -1. x (N, C), weight (V, C), targets (N,) int64 -> float32 scalar.
+    """
     grad = torch.is_grad_enabled()
     need_x, need_weight = grad and x.requires_grad, grad and weight.requires_grad
     total = ChunkedCrossEntropy.apply(x, weight, targets, label_smoothing, need_x, need_weight)

@@ -1,8 +1,8 @@
 """
 The machine: which device and type, the allocator, several processes, and FSDP.
 
-Under torchrun every process runs the same script; RANK and WORLD_SIZE tell them apart. Alone, every function here that speaks to
-other processes does nothing.
+Under torchrun every process runs the same script; RANK and WORLD_SIZE tell them apart. Alone, every
+function here that speaks to other processes does nothing.
 """
 
 import ctypes
@@ -25,7 +25,10 @@ WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def pick_device(name):
-    """The torch.device of "auto", "cpu", "cuda" or "cuda:1"; under torchrun this process's GPU. ValueError if it is not there."""
+    """
+    The torch.device of "auto", "cpu", "cuda" or "cuda:1"; under torchrun this process's GPU. ValueError if
+    it is not there.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -45,7 +48,10 @@ def pick_device(name):
 
 
 def pick_dtype(name, device):
-    """The torch.dtype of "float32" or "bfloat16"; of "auto", bfloat16 where the hardware multiplies it natively, else float32."""
+    """
+    The torch.dtype of "float32" or "bfloat16"; of "auto", bfloat16 where the hardware multiplies it
+    natively, else float32.
+    """
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -61,7 +67,9 @@ def dtype_name(dtype):
 
 
 def compile_model(model, device):
-    """Compiles the model's forward and backward pass where there is a compiler; returns whether there is one."""
+    """
+    Compiles the model's forward and backward pass where there is a compiler; returns whether there is one.
+    """
     if device.type == "cuda":
         compiler = importlib.util.find_spec("triton")
     else:
@@ -85,10 +93,12 @@ def prepare(device):
 
 def tune_memory():
     """
-    Tells the C library to keep freed memory, because on a CPU the page faults of fresh allocations cost as much as the arithmetic.
+    Tells the C library to keep freed memory, because on a CPU the page faults of fresh allocations cost as
+    much as the arithmetic.
 
-    Also tells oneDNN to keep fewer of the kernels that it compiles, one for every shape of a bfloat16 product: the 1,024 that it
-    keeps by itself take half a gigabyte where lengths vary. Both work only before the first product.
+    Also tells oneDNN to keep fewer of the kernels that it compiles, one for every shape of a bfloat16
+    product: the 1,024 that it keeps by itself take half a gigabyte where lengths vary. Both work only
+    before the first product.
     """
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "64")            # Torch's own cache, in front of oneDNN's.
@@ -110,7 +120,10 @@ def resident_bytes():
 
 
 def peak_bytes():
-    """The most bytes that were in use at any time. (getrusage's maximum begins with what the starting process had.)"""
+    """
+    The most bytes that were in use at any time. (getrusage's maximum begins with what the starting process
+    had.)
+    """
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     with open("/proc/self/status") as file:
@@ -129,7 +142,8 @@ def processes(device):
     """
     Joins the other processes, where torchrun has started several.
 
-    A process that is lost ends the others: at once where its connection breaks, after a minute where it only falls silent.
+    A process that is lost ends the others: at once where its connection breaks, after a minute where it
+    only falls silent.
     """
     global _waiting_group
     distributed = torch.distributed
@@ -148,7 +162,8 @@ def processes(device):
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-            # The last reference joins gloo's threads: one that lets go of a tensor after Python's end would abort the process.
+            # The last reference joins gloo's threads: one that lets go of a tensor after Python's end would
+            # abort the process.
             _waiting_group = None
 
 
@@ -195,12 +210,14 @@ def sum_over_processes(first, *rest):
 
 def shard(model, device):
     """
-    FSDP2: a block's tensors lie divided among the processes, in storage, and come together as bytes while the block computes.
+    FSDP2: a block's tensors lie divided among the processes, in storage, and come together as bytes while
+    the block computes.
 
-    What is trained is attached afterwards and stays whole everywhere, like embedding, norm and head, so that optimizer, saving
-    and sum_over_processes notice nothing. The model comes on the CPU and goes to the device a block at a time.
+    What is trained is attached afterwards and stays whole everywhere, like embedding, norm and head, so
+    that optimizer, saving and sum_over_processes notice nothing. The model comes on the CPU and goes to the
+    device a block at a time.
     """
-    from torch.distributed.fsdp import fully_shard               # Imported here because it takes half a second.
+    from torch.distributed.fsdp import fully_shard               # It takes half a second to import.
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise ValueError(f"fsdp needs torch 2.7 or newer, this is {torch.__version__}; several processes without --fsdp need none")
     mesh = torch.distributed.init_device_mesh(device.type, (WORLD_SIZE,))
@@ -214,4 +231,5 @@ def shard(model, device):
             if isinstance(module, quant.QuantLinear):
                 module.make_parameters()
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
-    fully_shard(model, mesh=mesh, ignored_params=whole)          # It holds nothing, and fetches the next block in advance.
+    # The outer one holds nothing, and fetches a block while the one before it computes.
+    fully_shard(model, mesh=mesh, ignored_params=whole)

@@ -1,7 +1,7 @@
 """
-What a run consists of: the step, the schedule, the base with its tokenizer, the data, the folder with state and log;
-and loading a run again. train.py puts these together; memory.py simulates the same step; sample.py, evaluate.py and
-hub.py load runs.
+What a run consists of: the step, the schedule, the base with its tokenizer, the data, the folder with state
+and log; and loading a run again. train.py puts these together; memory.py simulates the same step;
+sample.py, evaluate.py and hub.py load runs.
 """
 
 import dataclasses
@@ -32,11 +32,12 @@ from model import GPT, GPTConfig
 
 def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving=nullcontext):
     """
-    One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64. Returns (loss, grad_norm), tensors.
+    One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64. Returns (loss,
+    grad_norm), tensors.
 
-    The loss is the mean over the supervised tokens of all micro-batches and processes, however they are divided. Where
-    loss or gradient is not finite, nothing is changed. saving: makes the context in which the forward pass saves for
-    the backward pass.
+    The loss is the mean over the supervised tokens of all micro-batches and processes, however they are
+    divided. Where loss or gradient is not finite, nothing is changed. saving: makes the context in which
+    the forward pass saves for the backward pass.
     """
     counts = [(targets >= 0).sum() for _, targets in micro_batches]
     total = machine.sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
@@ -62,7 +63,10 @@ def numbers_are_finite(loss, norm):
 
 
 def offload(model):
-    """The context in which what the backward pass needs, but for the model's own tensors, waits in the host's memory."""
+    """
+    The context in which what the backward pass needs, but for the model's own tensors, waits in the host's
+    memory.
+    """
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
 
     def pack(t):
@@ -150,7 +154,10 @@ def load_base(config, device, dtype):
 
 
 def has_twin(table, i):
-    """Whether another row points where row i points: training has never seen the token, a frozen head cannot tell it apart."""
+    """
+    Whether another row points where row i points: training has never seen the token, a frozen head cannot
+    tell it apart.
+    """
     if i >= len(table):
         return False
     alike = torch.nn.functional.cosine_similarity(table[i].float()[None], table.float())
@@ -166,7 +173,10 @@ def attach_methods(model, tokenizer, config):
 
 
 def storage_by_type(model):
-    """{"nf4": bytes, "bfloat16": bytes, ..} of weights and buffers, quantized ones with their scales; under fsdp of this share."""
+    """
+    {"nf4": bytes, "bfloat16": bytes, ..} of weights and buffers, quantized ones with their scales; under
+    fsdp of this share.
+    """
     found = {}
     for module in model.modules():
         stored = module.weight_q.scheme if isinstance(module, quant.QuantLinear) else ""
@@ -262,7 +272,10 @@ def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
 
 
 def load_run(folder, device="auto", dtype="auto"):
-    """(model, tokenizer, config) of a run with its best adapter, or of a model in Hugging Face layout, ready to generate."""
+    """
+    (model, tokenizer, config) of a run with its best adapter, or of a model in Hugging Face layout, ready
+    to generate.
+    """
     device = machine.pick_device(device)
     is_run = Path(folder, "config.toml").is_file() and not Path(folder, "config.json").is_file()
     check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
@@ -312,7 +325,10 @@ def write_beginning(run):
 
 
 class Log:
-    """log.jsonl, a line of JSON a step and an evaluation. Resuming drops the lines of the steps that are done again."""
+    """
+    log.jsonl, a line of JSON a step and an evaluation. Resuming drops the lines of the steps that are done
+    again.
+    """
 
     def __init__(self, path, first_step):
         lines = path.read_text().splitlines(keepends=True) if first_step and path.is_file() else []
@@ -321,7 +337,10 @@ class Log:
 
     @staticmethod
     def is_before(line, first_step):
-        """Whether a line tells of what was done before that step; step i - 1 and the evaluation after it come before step i."""
+        """
+        Whether a line tells of what was done before that step; step i - 1 and the evaluation after it come
+        before step i.
+        """
         entry = json.loads(line)
         is_step = "lr" in entry
         return entry["step"] + is_step <= first_step
@@ -353,7 +372,9 @@ class Interrupt:
 
 
 def save_state(run):
-    """Writes state.pt, everything that the next step depends on; the one before it stays as state.before.pt."""
+    """
+    Writes state.pt, everything that the next step depends on; the one before it stays as state.before.pt.
+    """
     generators = generator_states()
     if machine.RANK == 0:
         state, link = run.folder / "state.pt", run.folder / "state.link"
@@ -365,7 +386,7 @@ def save_state(run):
             "config": dataclasses.asdict(run.config), "tensors": peft.adapter_state_dict(run.model),
             "optimizer": run.optimizer.state_dict(), "rng": generators, "data": run.batches.state_dict(),
             "progress": dict(run.progress), "fingerprints": run.fingerprints})
-    machine.gathered(None)                                       # Writing may take longer than a step may last.
+    machine.gathered(None)                                       # Writing may outlast a step's patience.
 
 
 def generator_states():

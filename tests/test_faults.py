@@ -373,7 +373,7 @@ def test_38_interrupts(here, number):
 
 
 def test_38_a_second_interrupt_ends_at_once():
-    code = "import signal, time, train; run.Interrupt(); print('ready', flush=True); time.sleep(60)"
+    code = "import signal, time; from lib import run; run.Interrupt(); print('ready', flush=True); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
