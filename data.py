@@ -1,15 +1,18 @@
 """
-Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text; the tokenizer; masked batches.
+Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text;
+the tokenizer; masked batches.
 
     python data.py                               # a look at the embedded data
-    python data.py download e2e DIR              # the E2E challenge's files, checked; --archive ZIP where there is no network
+    python data.py download e2e DIR              # the E2E challenge's files, checked
+    python data.py download e2e DIR --archive ZIP                    # the same without a network
 
     corpus = load("embedded")                                        # .train, .val, .test: lists of Example
     encoded = encode(corpus.train, tokenizer, block_size=256)
     tokens, targets = next(Batches(encoded, batch_size=16, seed=1))  # (B, T) int64 both; target -1 is ignored
 
-Prompt and completion are tokenized apart from each other, in training and in generation alike: so the prompt's tokens never
-depend on what follows, and the mask is a position. (Tokenizing their concatenation may merge across the border.)
+Prompt and completion are tokenized apart from each other, in training and in generation alike: so
+the prompt's tokens never depend on what follows, and the mask is a position. (Tokenizing their
+concatenation may merge across the border.)
 """
 
 import argparse
@@ -25,7 +28,7 @@ import sys
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +59,7 @@ class Data:
     @property
     def fingerprint(self):
         """SHA-256 of the content."""
-        splits = self.train, self.val, self.test
-        content = [[[example.prompt, example.references] for example in split] for split in splits]
-        return sha256_of(json.dumps(content).encode())
+        return sha256_of(json.dumps(astuple(self)).encode())
 
 
 def sha256_of(content):
@@ -75,11 +76,11 @@ def shortened(text, length=80):
 # meaning representations as prompts
 
 MR = re.compile(r"\s*[\w ]+\[[^\[\]]+\]\s*(,\s*[\w ]+\[[^\[\]]+\]\s*)*")
-PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}     # as the LoRA paper's data has them
+PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}      # others stay
 
 
 def parse_mr(text):
-    """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None where text is of another form."""
+    """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None for a text of another form."""
     if not MR.fullmatch(text):
         return None
     pairs = re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)
@@ -87,8 +88,8 @@ def parse_mr(text):
 
 
 def format_prompt(mr, template):
-    """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (Hu et al. 2021), "raw" the text and a line's end.
-    A prompt of another form stays as it is."""
+    """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (as in the data of Hu
+    et al. 2021), "raw" gives the text and a line's end. A prompt of another form stays as it is."""
     check(template in ("pipe", "raw"), f"template is {template!r}; it must be pipe or raw")
     attributes = parse_mr(mr)
     if attributes is None:
@@ -103,7 +104,8 @@ def format_prompt(mr, template):
 
 
 def read_text(path):
-    """The text of a UTF-8 file. ValueError where it cannot be read, is empty, or has another byte; the message names its line."""
+    """The text of a file. ValueError where it cannot be read, is empty, or is not UTF-8; then the
+    message names the line."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -117,7 +119,7 @@ def read_text(path):
 
 
 def group(path, pairs):
-    """(prompt, text) pairs -> Examples in order of first appearance."""
+    """(prompt, text) pairs -> Examples in order of first appearance, one for each prompt."""
     check(pairs, f"{path}: no examples in it")
     examples = {}
     for prompt, text in pairs:
@@ -127,19 +129,19 @@ def group(path, pairs):
 
 
 def csv_rows(path):
-    """Yields (place for a message, list of cells) of each row; a blank line has no cells."""
+    """Yields ("path, line 3", list of cells) for each row. A blank line is a row without cells."""
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     where = f"{path}, line 1"
     try:
         for row in reader:
             yield where, row
-            where = f"{path}, line {reader.line_num + 1}"        # a row may have several lines; the first is told
+            where = f"{path}, line {reader.line_num + 1}"        # where the next row begins
     except csv.Error as error:
         raise ValueError(f"{where}: {error}") from None
 
 
 def read_csv(path):
-    """The E2E challenge's form: a header with mr and ref, then a pair a line, quoted where it holds commas."""
+    """Examples of a file in the E2E challenge's form: a header with mr and ref, then a pair a row."""
     rows = csv_rows(path)
     _, header = next(rows)
     missing = [column for column in ("mr", "ref") if column not in header]
@@ -159,14 +161,14 @@ def read_csv(path):
 
 
 def json_pair(line, where):
-    """(prompt, completion) of a line of JSON."""
+    """(prompt, completion) of a line of JSON; where is its place for a message."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # fault 24
         raise ValueError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
     is_object = isinstance(record, dict)
     found = ", ".join(record) if is_object else type(record).__name__
-    complete = is_object and "prompt" in record and "completion" in record
+    complete = is_object and record.keys() >= {"prompt", "completion"}
     check(complete, f"{where}: needs prompt and completion; found {found or 'nothing'}")
     for key in ("prompt", "completion"):
         is_text = isinstance(record[key], str) and not re.search("[\ud800-\udfff]", record[key])
@@ -176,20 +178,23 @@ def json_pair(line, where):
 
 
 def read_jsonl(path):
-    """A JSON object a line, with prompt and completion; lines of one prompt are references of one Example."""
-    lines = enumerate(read_text(path).split("\n"), 1)
-    return group(path, [json_pair(line, f"{path}, line {number}") for number, line in lines if line.strip()])
+    """Examples of a file with a JSON object a line, each with prompt and completion."""
+    pairs = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            pairs.append(json_pair(line, f"{path}, line {number}"))
+    return group(path, pairs)
 
 
 def read_txt(path):
-    """Paragraphs divided by blank lines, each once."""
+    """Examples without prompts: the paragraphs that blank lines divide, each once."""
     text = read_text(path).replace("\r\n", "\n")
-    paragraphs = [paragraph.strip("\n") for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
+    paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
     return [Example("", [paragraph]) for paragraph in dict.fromkeys(paragraphs)]
 
 
 def with_splits(name, train, val=None, test=None):
-    """Data of these splits. One that is None becomes a tenth of train, at most 500 prompts, and train loses it."""
+    """Data of these splits. One that is None is cut off train: a tenth of it, at most 500 prompts."""
     parts = 1 + (val is None) + (test is None)
     check(len(train) >= parts, f"{name}: {len(train)} different prompts cannot be split in {parts}; add more, or files for the other splits")
     size = min(500, max(1, len(train) // 10))
@@ -208,7 +213,7 @@ def with_splits(name, train, val=None, test=None):
 READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": read_txt}
 FOLDERS = (                      # names of the files for train, val and test
     ("trainset.csv", "devset.csv", "testset_w_refs.csv"),
-    ("devset.csv", None, "testset_w_refs.csv"),                  # the small half of the challenge: train on it
+    ("devset.csv", None, "testset_w_refs.csv"),                  # the small half of the challenge
     ("train.jsonl", "val.jsonl", "test.jsonl"))
 
 
@@ -228,10 +233,13 @@ def load_folder(folder, name):
 def load(name_or_path="embedded"):
     """The data of that name or path, as Data.
 
-    "embedded" is the corpus of lib/world.py, "plain" its plain text. Paths: a folder with the E2E challenge's devset.csv or
-    trainset.csv and testset_w_refs.csv, or with train.jsonl, val.jsonl and test.jsonl; or one file, .csv, .jsonl or .txt
-    (paragraphs divided by blank lines). A split that has no file is cut off the train split, by prompt, so that splits
-    share none. ValueError: nothing known there, or a file that is empty, broken (the line is named) or without the columns.
+    "embedded" is the corpus of lib/world.py, "plain" its plain text. Paths: a folder with the E2E
+    challenge's devset.csv or trainset.csv and testset_w_refs.csv, or with train.jsonl, val.jsonl
+    and test.jsonl; or one file, .csv, .jsonl or .txt (paragraphs divided by blank lines). A split
+    without a file is cut off the train split by prompt, so that splits share none.
+
+    ValueError where nothing known is there, or where a file is empty, broken (the message names the
+    line) or without the columns.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "embedded":
@@ -242,22 +250,26 @@ def load(name_or_path="embedded"):
         return load_folder(path, name)
     check(path.is_file(), f"{name}: no such file or folder, nor one of the names embedded, plain")
     check(path.suffix in READERS, f"{name}: a data file ends in {', '.join(READERS)}")
-    read = READERS[path.suffix]
-    return with_splits(name, read(path))
+    return with_splits(name, READERS[path.suffix](path))
 
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
-TRAINER = dict(                  # of SentencePiece. Nothing is normalized, and what is unknown is spelled in bytes: every text round-trips
-    model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars="|:[]", normalization_rule_name="identity",
-    remove_extra_whitespaces=False, max_sentence_length=2**24, num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
-BOS = ("<s>", "<|begin_of_text|>", "<bos>")                                  # usual names
-EOS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+# SentencePiece's options. Every text comes back as it was: nothing is normalized, and what has no
+# piece is spelled in bytes.
+TRAINER = dict(
+    model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars="|:[]",
+    normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=2**24,
+    num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+USUAL = {                        # special tokens, in the order in which they are looked for
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")}
 
 
 class Tokenizer:
-    """SentencePiece, or a tokenizer.json by way of the optional tokenizers package. bos and eos: ids, or None where there is none."""
+    """SentencePiece, or a tokenizer.json by way of the optional package tokenizers. bos and eos are
+    ids, or None where there is none."""
 
     def __init__(self, encode, decode, vocab_size, bos, eos, files):
         self._encode, self._decode = encode, decode
@@ -268,12 +280,13 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A byte-pair encoding of texts, with fewer pieces than vocab_size where they yield no more."""
+        """A byte-pair encoding of texts, with at most vocab_size pieces: short texts yield fewer."""
         texts = list(texts)
         check(any(texts), "there is no text to train a tokenizer on")
         model = io.BytesIO()
         try:
-            sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **TRAINER)
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **TRAINER)
         except RuntimeError as error:
             possible = re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error))
             if possible:
@@ -284,11 +297,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """From a folder or a file: tokenizer.model, tokenizer.json, or the pair vocab.json and merges.txt (GPT-2, OPT)."""
+        """From a folder or a file: tokenizer.model, tokenizer.json, or the pair vocab.json and
+        merges.txt (GPT-2, OPT)."""
         path = Path(path)
-        candidates = [path]
-        if path.is_dir():
-            candidates = [path / name for name in ("tokenizer.model", "tokenizer.json", "vocab.json")]
+        names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+        candidates = [path / name for name in names] if path.is_dir() else [path]
         files = [file for file in candidates if file.is_file()]
         check(files, f"{path}: no tokenizer there; it must hold tokenizer.model or tokenizer.json")
         if files[0].suffix != ".model":
@@ -300,9 +313,9 @@ class Tokenizer:
 
     @classmethod
     def from_model(cls, content):
-        """From the bytes of a tokenizer.model."""
+        """From the bytes of a tokenizer.model. RuntimeError where they are something else."""
         if not content:
-            raise RuntimeError("empty")                          # SentencePiece takes no bytes for no argument
+            raise RuntimeError("empty")                          # SentencePiece would not say so
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
         eos = model.eos_id() if model.eos_id() >= 0 else None
         bos = model.bos_id() if model.bos_id() >= 0 else eos
@@ -314,21 +327,24 @@ class Tokenizer:
         inner = read_tokenizer(path)
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True                       # "<|endoftext|>" inside a text is text, never the end
+        inner.encode_special_tokens = True                       # "<|endoftext|>" in a text is text, not the end
+        vocabulary = inner.get_vocab()                           # {token: id}
         config = read_json_if_there(path.with_name("tokenizer_config.json"))
-        eos = special_id(inner, path.parent, config, "eos", EOS)
-        bos = special_id(inner, path.parent, config, "bos", BOS)
-        bos = eos if bos is None else bos
-        for role, i in (("bos", bos), ("eos", eos)):
-            if i is not None:
-                config[f"{role}_token"] = inner.id_to_token(i)
-        files = {"tokenizer.json": inner.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+        eos = special_token(inner, path.parent, config, "eos")
+        bos = special_token(inner, path.parent, config, "bos") or eos
+        if bos:
+            config["bos_token"] = bos
+        if eos:
+            config["eos_token"] = eos
+        files = {
+            "tokenizer.json": inner.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
 
         def encode(text):
             return inner.encode(text, add_special_tokens=False).ids
 
-        vocab_size = max(inner.get_vocab().values()) + 1
-        return cls(encode, inner.decode, vocab_size, bos, eos, files)
+        vocab_size = max(vocabulary.values()) + 1
+        return cls(encode, inner.decode, vocab_size, vocabulary.get(bos), vocabulary.get(eos), files)
 
     def encode(self, text):
         """Token ids, without bos and eos."""
@@ -336,7 +352,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids; bos, eos and ids beyond the vocabulary give none."""
-        return self._decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in (self.bos, self.eos)])
+        ordinary = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in (self.bos, self.eos)]
+        return self._decode(ordinary)
 
     def encode_prompt(self, prompt):
         """What generation starts from: the prompt's ids, bos before them."""
@@ -353,13 +370,13 @@ class Tokenizer:
         return self.encode_prompt(prompt), self.encode_completion(completion)
 
     def save(self, folder):
-        """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into an existing folder."""
+        """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into the folder."""
         for name, content in self._files.items():
             write_atomic(Path(folder, name), content)
 
 
 def read_tokenizer(path):
-    """A tokenizer.json, or a vocab.json with its merges.txt, as an object of the tokenizers package."""
+    """A tokenizer.json, or a vocab.json with its merges.txt, as the tokenizers package's object."""
     try:
         import tokenizers
     except ImportError:
@@ -381,20 +398,23 @@ def read_json_if_there(path):
     return read_json(path) if path.is_file() else {}
 
 
-def special_id(inner, folder, config, role, usual):
-    """The id of bos or eos, or None: by tokenizer_config.json (config), else by the model's config.json, else by the usual names."""
+def special_token(inner, folder, config, role):
+    """bos or eos as text, or None: by config (tokenizer_config.json), else by the model's
+    config.json, else by the usual names."""
     token = config.get(f"{role}_token")
     if isinstance(token, dict):
         token = token.get("content")
     if isinstance(token, str) and inner.token_to_id(token) is not None:
-        return inner.token_to_id(token)
+        return token
     i = read_json_if_there(folder / "config.json").get(f"{role}_token_id")
     if isinstance(i, list) and i:
         i = i[0]
     if isinstance(i, int) and inner.id_to_token(i) is not None:
-        return i
-    known = [token for token in usual if inner.token_to_id(token) is not None]
-    return inner.token_to_id(known[0]) if known else None
+        return inner.id_to_token(i)
+    for token in USUAL[role]:
+        if inner.token_to_id(token) is not None:
+            return token
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -435,16 +455,19 @@ def check_vocabulary(ids, vocab_size, text):
 
 
 def pieces(ids, n_prompt, block_size):
-    """A sequence as [(ids, n_prompt)] of at most block_size targets each; the last token of one is the first of the next."""
+    """A sequence as a list of (ids, n_prompt), each of at most block_size targets. The last token of
+    one is the first of the next, where it counts as prompt."""
     starts = range(0, max(len(ids) - 1, 1), block_size)
     return [(ids[start:start + block_size + 1], 1 if start else n_prompt) for start in starts]
 
 
-def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True, vocab_size=None):
-    """Examples -> Encoded. With all_references each reference is a sequence of its own, else the first one alone.
+def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True,
+           vocab_size=None):
+    """Examples -> Encoded. Each reference makes a sequence; without all_references only the first.
 
-    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"); text without a prompt is
-    neither, but goes on in the next sequence. vocab_size: the model's, where it is not the tokenizer's.
+    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"). Text
+    without a prompt is neither: it goes on in the next sequence. vocab_size is the model's, where
+    it differs from the tokenizer's.
     """
     check(too_long in ("refuse", "cut"), f"too_long is {too_long!r}; it must be refuse or cut")
     check(block_size >= 1, f"block_size is {block_size}; it must be at least 1")
@@ -455,15 +478,14 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
         references = example.references if all_references else example.references[:1]
         for reference in references:
             completion = tokenizer.encode_completion(reference)
-            if completion in ([], [tokenizer.eos]):              # an end token alone would teach to say nothing
+            if completion in ([], [tokenizer.eos]):      # the end alone would teach to say nothing
                 encoded.n_empty += 1
                 continue
             ids = prompt + completion
             check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
             kept = pieces(ids, len(prompt), block_size)
             if example.prompt and len(kept) > 1:
-                check(too_long == "cut", f"{shortened(example.prompt)!r} and its text have {len(ids) - 1} tokens, "
-                                         f"block_size is {block_size}; raise it, or set too_long to cut")  # fault 27
+                check(too_long == "cut", f"{shortened(example.prompt)!r} and its text have {len(ids) - 1} tokens, block_size is {block_size}; raise it, or set too_long to cut")  # fault 27
                 encoded.n_cut += 1
                 kept = kept[:1]
             for piece in kept:
@@ -473,17 +495,20 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
 
 
 def padded(length, block_size):
-    """Lengths of batches are multiples of 8 up to block_size: fewer shapes to prepare kernels for, and none that is slow."""
+    """The length of a batch: a multiple of 8, at most block_size. So there are fewer shapes to
+    prepare kernels for, and none that is slow."""
     return np.minimum(-(-length // 8) * 8, block_size)
 
 
 def collate(sequences, block_size):
-    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with token 0 and target -1."""
-    B, T = len(sequences), padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
+    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
+    B = len(sequences)
+    T = padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
     tokens = np.zeros((B, T), np.int64)
     targets = np.full((B, T), -1, np.int64)
     for row, (ids, n_prompt) in enumerate(sequences):
-        end, start = len(ids) - 1, max(n_prompt, 1)
+        end = len(ids) - 1
+        start = max(n_prompt, 1)
         tokens[row, :end] = ids[:-1]
         targets[row, start - 1:end] = ids[start:]
     return torch.from_numpy(tokens), torch.from_numpy(targets)
@@ -494,12 +519,13 @@ def collate(sequences, block_size):
 
 
 class Batches:
-    """Endless batches of sequences of like length. An epoch is a permutation; where the batch does not divide it, the few left
-    over open the next one, so that every batch is full. A global batch of batch_size * world_size sequences is drawn alike
-    in every process, each of which takes its own rows: two of batch 8 see what one of 16 sees.
+    """Endless batches of sequences of like length. An epoch is a permutation. Where the batch does
+    not divide it, the few left over open the next one, so that every batch is full. Every process
+    draws the same global batch of batch_size * world_size sequences and takes its own rows of it:
+    two processes of batch 8 see what one of 16 sees.
     """
 
-    POOL = 64                    # global batches sorted by length among each other: more pads less and mixes less
+    POOL = 64        # global batches that are sorted by length together: more of them pad less and mix less
 
     def __init__(self, encoded, batch_size, seed, rank=0, world_size=1):
         fits = batch_size >= 1 and 0 <= rank < world_size
@@ -512,14 +538,15 @@ class Batches:
         self.start(0)
 
     def generator(self, *stream):
-        """A random generator of the seed and the numbers of a stream."""
+        """The random generator of this seed and the numbers of a stream."""
         return np.random.default_rng([self.seed % 2**63, *stream])
 
     def plan_of(self, epoch):
-        """(n_batches, global_batch) indices: the full batches that end within this epoch of the stream of permutations. A function
-        of seed and epoch alone, so that two numbers are all the state there is."""
+        """(n_batches, global_batch) indices: the full batches that end within this epoch of the
+        stream of permutations. It depends on seed and epoch alone, so two numbers are the state."""
         n, G = len(self.sequences), self.global_batch
-        start, stop = epoch * n // G * G, (epoch + 1) * n // G * G
+        start = epoch * n // G * G
+        stop = (epoch + 1) * n // G * G
         if start == stop:
             return np.empty((0, G), np.int64)
         first = start // n
@@ -533,7 +560,8 @@ class Batches:
         return self.generator(epoch, 1).permutation(np.concatenate(batches))
 
     def start(self, epoch):
-        """Goes to the beginning of an epoch, or of the next one that has batches: one larger than the data ends in a later epoch."""
+        """Goes to the first batch of an epoch, or of the next one in which a batch ends: one that is
+        larger than the data ends in a later epoch."""
         plan = self.plan_of(epoch)
         while not len(plan):
             epoch += 1
@@ -552,37 +580,40 @@ class Batches:
 
     def state_dict(self):
         """The position: the next batch, and what it depends on."""
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
+        return {
+            "epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences),
+            "global_batch": self.global_batch}
 
     def load_state_dict(self, state):
-        """Goes on with the very next batch; refused where data, batch or seed are others."""
+        """Goes on with the next batch. ValueError where data, batch or seed are others."""
         for key, value in self.state_dict().items():
             check(type(state.get(key)) is int, f"the position in the data has no {key}")
             same = key in ("epoch", "index") or state[key] == value
             check(same, f"the position in the data is for {key} {state[key]}, this run has {value}")
         epoch, index = state["epoch"], state["index"]
-        nowhere = f"the position in the data, epoch {epoch} batch {index}, does not exist"
-        check(epoch >= 0, nowhere)
-        plan = self.plan_of(epoch)
-        check(0 <= index <= len(plan), nowhere)
+        plan = self.plan_of(max(epoch, 0))
+        exists = epoch >= 0 and 0 <= index <= len(plan)
+        check(exists, f"the position in the data, epoch {epoch} batch {index}, does not exist")
         self.epoch, self.index, self.plan = epoch, index, plan
 
 
 def eval_batches(encoded, batch_size, limit=None):
-    """A list of (tokens, targets), always the same: all sequences, or limit batches of them spread evenly over the split."""
+    """A list of (tokens, targets), always the same: of all sequences, or of limit batches of them,
+    which are spread evenly over the split."""
     sequences = encoded.sequences
     count = limit * batch_size if limit else len(sequences)
     if count < len(sequences):
         sequences = [sequences[i * len(sequences) // count] for i in range(count)]
     sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
-    return [collate(sequences[i:i + batch_size], encoded.block_size) for i in range(0, len(sequences), batch_size)]
+    starts = range(0, len(sequences), batch_size)
+    return [collate(sequences[i:i + batch_size], encoded.block_size) for i in starts]
 
 
 # -----------------------------------------------------------------------------
 # the E2E challenge's files
 
 E2E_ADDRESS = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
-E2E_FILES = {   # SHA-256 of the official files; the archive's own is not published, so its content is what is checked
+E2E_FILES = {                    # SHA-256 of the official files; the archive's own is not published
     "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
     "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
     "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"}
@@ -590,12 +621,13 @@ LARGEST = 2**26                  # bytes, of the archive and of a file in it
 
 
 def download(folder, archive=None, sha256=None, files=E2E_FILES):
-    """Puts the E2E challenge's CSV files into folder, out of an archive on disk or else the official one.
+    """Puts the E2E challenge's CSV files into folder, from an archive on disk or the official one.
 
-    Nothing is written before every file's SHA-256 (and the archive's, if given) is right. Returns the archive's SHA-256.
+    Nothing is written before every file's SHA-256 (and the archive's, if given) is right. Returns
+    the archive's SHA-256.
     """
     folder, origin = Path(folder), archive or E2E_ADDRESS
-    raw = read_archive(archive) if archive else fetch(folder)
+    raw = read_archive(archive, folder)
     check(len(raw) <= LARGEST, f"{origin}: larger than {LARGEST} bytes, which the data is not")
     digest = sha256_of(raw)
     check(not sha256 or digest == sha256.lower(), f"{archive or 'the archive'}: SHA-256 is {digest}, wanted {sha256}; nothing was written")
@@ -615,28 +647,22 @@ def download(folder, archive=None, sha256=None, files=E2E_FILES):
     return digest
 
 
-def read_archive(path):
-    """The bytes of an archive on disk."""
+def read_archive(archive, folder):
+    """The bytes of the archive on disk or, where archive is None, of the official one."""
     try:
-        with open(path, "rb") as file:
-            return file.read(LARGEST + 1)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-
-
-def fetch(folder):
-    """The bytes of the official archive."""
-    try:
-        with urllib.request.urlopen(E2E_ADDRESS, timeout=30) as response:
-            return response.read(LARGEST + 1)
+        source = open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30)
+        with source:
+            return source.read(LARGEST + 1)
     except (OSError, http.client.HTTPException) as error:        # URLError is an OSError
+        if archive:
+            raise ValueError(f"{archive}: {error.strerror}") from None
         reason = getattr(error, "reason", error)
         raise ValueError(f"cannot fetch {E2E_ADDRESS} ({reason}): put {', '.join(E2E_FILES)} into {folder} by hand, "
                          f"or pass the file with --archive") from None
 
 
 def path_parts(entry, origin):
-    """The folders and the name of an entry; refused where they lead out of the archive, or where it is a link."""
+    """The folders and the name of an entry. ValueError where they lead out, or where it is a link."""
     parts = entry.filename.replace("\\", "/").split("/")
     climbs = ".." in parts or parts[0] == "" or ":" in parts[0]
     is_link = stat.S_ISLNK(entry.external_attr >> 16)
@@ -645,7 +671,7 @@ def path_parts(entry, origin):
 
 
 def unpack(raw, origin, names):
-    """{name: content} of the named files, wherever in the archive they lie. Nothing but their content leaves it."""
+    """{name: content} of the named files, wherever they lie in the archive."""
     contents = {}
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
@@ -682,7 +708,8 @@ def show():
 
 def main(args):
     """The command line: shows the embedded data, or fetches E2E."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("download", help="fetch, check and unpack a data set")
     command.add_argument("dataset", choices=["e2e"])
