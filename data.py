@@ -327,7 +327,7 @@ class Tokenizer:
         inner = read_tokenizer(path)
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True                       # "<|endoftext|>" in a text is text, not the end
+        inner.encode_special_tokens = True       # "<|endoftext|>" in a text is text, not the end
         vocabulary = inner.get_vocab()                           # {token: id}
         config = read_json_if_there(path.with_name("tokenizer_config.json"))
         eos = special_token(inner, path.parent, config, "eos")
