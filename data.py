@@ -111,9 +111,9 @@ def read_text(path):
         text = raw.decode("utf-8-sig")
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:  # fault 24
+    except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None
+        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None  # fault 24
     check(text.strip(), f"{path}: the file is empty")  # fault 23
     return text
 
@@ -164,8 +164,8 @@ def json_pair(line, where):
     """(prompt, completion) of a line of JSON; where is its place for a message."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # fault 24
-        raise ValueError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None  # fault 24
     is_object = isinstance(record, dict)
     found = ", ".join(record) if is_object else type(record).__name__
     complete = is_object and record.keys() >= {"prompt", "completion"}
