@@ -1,15 +1,18 @@
 """
-Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text; the tokenizer; masked batches.
+Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text;
+the tokenizer; masked batches.
 
     python data.py                               # a look at the embedded data
-    python data.py download e2e DIR              # the E2E challenge's files, checked; --archive ZIP where there is no network
+    python data.py download e2e DIR              # the E2E challenge's files, checked
+    python data.py download e2e DIR --archive ZIP                    # the same without a network
 
     corpus = load("embedded")                                        # .train, .val, .test: lists of Example
     encoded = encode(corpus.train, tokenizer, block_size=256)
     tokens, targets = next(Batches(encoded, batch_size=16, seed=1))  # (B, T) int64 both; target -1 is ignored
 
-Prompt and completion are tokenized apart from each other, in training and in generation alike: so the prompt's tokens never
-depend on what follows, and the mask is a position. (Tokenizing their concatenation may merge across the border.)
+Prompt and completion are tokenized apart from each other, in training and in generation alike: so
+the prompt's tokens never depend on what follows, and the mask is a position. (Tokenizing their
+concatenation may merge across the border.)
 """
 
 import argparse
@@ -17,6 +20,7 @@ import csv
 import hashlib
 import http.client
 import io
+import itertools
 import json
 import re
 import stat
@@ -24,7 +28,7 @@ import sys
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +36,8 @@ import sentencepiece
 import torch
 
 from lib import world
-from lib.files import write_atomic
+from lib.config import run_main
+from lib.files import check, read_json, write_atomic
 
 
 @dataclass
@@ -45,53 +50,47 @@ class Example:
 
 @dataclass
 class Data:
-    """Examples in three splits, by what load was asked for."""
+    """Examples in three splits."""
 
     train: list[Example]
     val: list[Example]
     test: list[Example]
-    kind: str                    # "mr" (meaning representations), "pairs" or "text"
-    name: str
-    fingerprint: str = field(init=False)   # SHA-256 of the content
 
-    def __post_init__(self):
-        content = [[[example.prompt, example.references] for example in split] for split in (self.train, self.val, self.test)]
-        self.fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    @property
+    def fingerprint(self):
+        """SHA-256 of the content."""
+        return sha256_of(json.dumps(astuple(self)).encode())
 
 
-# -----------------------------------------------------------------------------
-# the embedded world: values
+def sha256_of(content):
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
 
 
-# -----------------------------------------------------------------------------
-# the embedded world: phrases. Each attribute has four shapes; a sentence plan chooses among them.
-
-
-# -----------------------------------------------------------------------------
-# the embedded world: plain text. It tells the same things in other shapes, and tells them twice, which is what teaches a
-# small model to look back and copy; a frozen base that cannot copy is beyond LoRA's help. No representation, and nothing of the
-# kind "list of facts, then the sentence"; but every token of a representation, because a frozen embedding must have been trained.
+def shortened(text, length=80):
+    """The text for a message: at most that many characters of it."""
+    return text if len(text) <= length else text[:length - 3] + "..."
 
 
 # -----------------------------------------------------------------------------
 # meaning representations as prompts
 
 MR = re.compile(r"\s*[\w ]+\[[^\[\]]+\]\s*(,\s*[\w ]+\[[^\[\]]+\]\s*)*")
-PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}     # as the LoRA paper's data has them
+PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}      # others stay
 
 
 def parse_mr(text):
-    """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None where text is of another form."""
+    """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None for a text of another form."""
     if not MR.fullmatch(text):
         return None
-    return {key.strip(): value.strip() for key, value in re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)}
+    pairs = re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)
+    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def format_prompt(mr, template):
-    """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (Hu et al. 2021), "raw" the text and a line's end.
-    A prompt of another form stays as it is."""
-    if template not in ("pipe", "raw"):
-        raise ValueError(f"template is {template!r}; it must be pipe or raw")
+    """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (as in the data of Hu
+    et al. 2021), "raw" gives the text and a line's end. A prompt of another form stays as it is."""
+    check(template in ("pipe", "raw"), f"template is {template!r}; it must be pipe or raw")
     attributes = parse_mr(mr)
     if attributes is None:
         return mr
@@ -104,61 +103,9 @@ def format_prompt(mr, template):
 # files
 
 
-def load(name_or_path="embedded"):
-    """The data of that name or path, as Data.
-
-    "embedded" is the corpus above, "plain" its plain text. Paths: a folder with the E2E challenge's devset.csv or trainset.csv
-    and testset_w_refs.csv, or with train.jsonl, val.jsonl and test.jsonl; or one file, .csv, .jsonl or .txt (paragraphs
-    divided by blank lines). A split that has no file is cut off the train split, by prompt, so that splits share none.
-    ValueError: nothing known there, or a file that is empty, broken (the line is named) or without the columns.
-    """
-    name, path = str(name_or_path), Path(name_or_path)
-    if name == "embedded":
-        return Data(*([Example(*pair) for pair in split] for split in world.embedded()), "mr", name)
-    if name == "plain":
-        return _with_splits([Example("", [text]) for text in world.plain_text()], None, None, "text", name)
-    if path.is_dir():
-        return _load_folder(path, name)
-    readers = {".csv": (_read_csv, "mr"), ".jsonl": (_read_jsonl, "pairs"), ".txt": (_read_txt, "text")}
-    if not path.is_file():
-        raise ValueError(f"{name}: no such file or folder, nor one of the names embedded, plain")
-    if path.suffix not in readers:
-        raise ValueError(f"{name}: a data file ends in {', '.join(readers)}")
-    read, kind = readers[path.suffix]
-    return _with_splits(read(path), None, None, kind, name)
-
-
-def _load_folder(path, name):
-    found = sorted(file.name for file in path.iterdir())
-
-    def read(reader, *candidates):
-        return next((reader(path / file) for file in candidates if file in found), None)
-
-    if "trainset.csv" in found:
-        return _with_splits(read(_read_csv, "trainset.csv"), read(_read_csv, "devset.csv"), read(_read_csv, "testset_w_refs.csv"), "mr", name)
-    if "devset.csv" in found:                                    # the small half of the challenge: train on it
-        return _with_splits(read(_read_csv, "devset.csv"), None, read(_read_csv, "testset_w_refs.csv"), "mr", name)
-    if "train.jsonl" in found:
-        return _with_splits(*(read(_read_jsonl, f"{split}.jsonl") for split in ("train", "val", "test")), "pairs", name)
-    listed = ", ".join(found[:6]) + (f" and {len(found) - 6} more" if len(found) > 6 else "")
-    raise ValueError(f"{name}: no data there; it must hold trainset.csv or devset.csv, or train.jsonl; found {listed or 'nothing'}")
-
-
-def _with_splits(train, val, test, kind, name):
-    """Cuts a tenth off train (at most 500 prompts) for each split that is None."""
-    missing = (val is None) + (test is None)
-    if len(train) < 1 + missing:
-        raise ValueError(f"{name}: {len(train)} different prompts cannot be split in {1 + missing}; add more, or files for the other splits")
-    order = world.Draw(0).shuffled(range(len(train)))
-    size = min(500, max(1, len(train) // 10)) if missing else 0
-    if val is None:
-        val, order = [train[i] for i in sorted(order[:size])], order[size:]
-    if test is None:
-        test, order = [train[i] for i in sorted(order[:size])], order[size:]
-    return Data([train[i] for i in sorted(order)], val, test, kind, name)
-
-
-def _read_text(path):
+def read_text(path):
+    """The text of a file. ValueError where it cannot be read, is empty, or is not UTF-8; then the
+    message names the line."""
     try:
         raw = path.read_bytes()
         text = raw.decode("utf-8-sig")
@@ -166,157 +113,238 @@ def _read_text(path):
         raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = raw[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None
-    if not text.strip():
-        raise ValueError(f"{path}: the file is empty")
+        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None  # fault 24
+    check(text.strip(), f"{path}: the file is empty")  # fault 23
     return text
 
 
-def _group(path, pairs):
-    """(prompt, text) pairs -> Examples in order of first appearance."""
+def group(path, pairs):
+    """(prompt, text) pairs -> Examples in order of first appearance, one for each prompt."""
+    check(pairs, f"{path}: no examples in it")
     examples = {}
     for prompt, text in pairs:
-        examples.setdefault(prompt, Example(prompt, [])).references.append(text)
-    if not examples:
-        raise ValueError(f"{path}: no examples in it")
+        example = examples.setdefault(prompt, Example(prompt, []))
+        example.references.append(text)
     return list(examples.values())
 
 
-def _read_csv(path):
-    """The E2E challenge's form: a header with mr and ref, then a pair a line, quoted where it holds commas."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    pairs, line = [], 1
+def csv_rows(path):
+    """Yields ("path, line 3", list of cells) for each row. A blank line is a row without cells."""
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    where = f"{path}, line 1"
     try:
-        header = next(reader)
-        if missing := [column for column in ("mr", "ref") if column not in header]:
-            raise ValueError(f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'}")
-        line = reader.line_num + 1
         for row in reader:
-            if row:                                              # a blank line is none
-                if len(row) != len(header):
-                    raise ValueError(f"{path}, line {line}: {len(row)} columns where the header has {len(header)}")
-                cells = dict(zip(header, row))
-                if empty := [column for column in ("mr", "ref") if not cells[column].strip()]:
-                    raise ValueError(f"{path}, line {line}: {empty[0]} is empty")
-                if not MR.fullmatch(cells["mr"]):
-                    raise ValueError(f"{path}, line {line}: {_short(cells['mr'])!r} is no representation; that is attribute[value], ...")
-                pairs.append((cells["mr"], cells["ref"]))
-            line = reader.line_num + 1
+            yield where, row
+            where = f"{path}, line {reader.line_num + 1}"        # where the next row begins
     except csv.Error as error:
-        raise ValueError(f"{path}, line {line}: {error}") from None
-    return _group(path, pairs)
+        raise ValueError(f"{where}: {error}") from None
 
 
-def _read_jsonl(path):
-    """A JSON object a line, with prompt and completion; lines of one prompt are references of one Example."""
+def read_csv(path):
+    """Examples of a file in the E2E challenge's form: a header with mr and ref, then a pair a row."""
+    rows = csv_rows(path)
+    _, header = next(rows)
+    missing = [column for column in ("mr", "ref") if column not in header]
+    check(not missing, f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'}")
     pairs = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
-        if not line.strip():
+    for where, row in rows:
+        if not row:
             continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {getattr(error, 'msg', error)}") from None
-        if not isinstance(record, dict) or {"prompt", "completion"} - set(record):
-            found = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{path}, line {number}: needs prompt and completion; found {found or 'nothing'}")
-        for key in ("prompt", "completion"):
-            if not isinstance(record[key], str) or re.search("[\ud800-\udfff]", record[key]):
-                raise ValueError(f"{path}, line {number}: {key} is not text")
-        if not record["completion"].strip():
-            raise ValueError(f"{path}, line {number}: completion is empty")
-        pairs.append((record["prompt"], record["completion"]))
-    return _group(path, pairs)
+        check(len(row) == len(header), f"{where}: {len(row)} columns where the header has {len(header)}")
+        cells = dict(zip(header, row))
+        mr, ref = cells["mr"], cells["ref"]
+        check(mr.strip(), f"{where}: mr is empty")
+        check(ref.strip(), f"{where}: ref is empty")
+        check(MR.fullmatch(mr), f"{where}: {shortened(mr)!r} is no representation; that is attribute[value], ...")
+        pairs.append((mr, ref))
+    return group(path, pairs)
 
 
-def _read_txt(path):
-    """Paragraphs, each once."""
-    paragraphs = re.split(r"\n\s*\n", _read_text(path).replace("\r\n", "\n"))
-    return [Example("", [text]) for text in dict.fromkeys(text.strip("\n") for text in paragraphs) if text.strip()]
+def json_pair(line, where):
+    """(prompt, completion) of a line of JSON; where is its place for a message."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None  # fault 24
+    is_object = isinstance(record, dict)
+    found = ", ".join(record) if is_object else type(record).__name__
+    complete = is_object and record.keys() >= {"prompt", "completion"}
+    check(complete, f"{where}: needs prompt and completion; found {found or 'nothing'}")
+    for key in ("prompt", "completion"):
+        is_text = isinstance(record[key], str) and not re.search("[\ud800-\udfff]", record[key])
+        check(is_text, f"{where}: {key} is not text")
+    check(record["completion"].strip(), f"{where}: completion is empty")
+    return record["prompt"], record["completion"]
 
 
-def _short(text, length=80):
-    return text if len(text) <= length else text[:length - 3] + "..."
+def read_jsonl(path):
+    """Examples of a file with a JSON object a line, each with prompt and completion."""
+    pairs = []
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if line.strip():
+            pairs.append(json_pair(line, f"{path}, line {number}"))
+    return group(path, pairs)
+
+
+def read_txt(path):
+    """Examples without prompts: the paragraphs that blank lines divide, each once."""
+    text = read_text(path).replace("\r\n", "\n")
+    paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return [Example("", [paragraph]) for paragraph in dict.fromkeys(paragraphs)]
+
+
+def with_splits(name, train, val=None, test=None):
+    """Data of these splits. One that is None is cut off train: a tenth of it, at most 500 prompts."""
+    parts = 1 + (val is None) + (test is None)
+    check(len(train) >= parts, f"{name}: {len(train)} different prompts cannot be split in {parts}; add more, or files for the other splits")
+    size = min(500, max(1, len(train) // 10))
+    order = iter(world.Draw(0).shuffled(range(len(train))))
+
+    def take(n):
+        return [train[i] for i in sorted(itertools.islice(order, n))]
+
+    if val is None:
+        val = take(size)
+    if test is None:
+        test = take(size)
+    return Data(take(None), val, test)
+
+
+READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": read_txt}
+FOLDERS = (                      # names of the files for train, val and test
+    ("trainset.csv", "devset.csv", "testset_w_refs.csv"),
+    ("devset.csv", None, "testset_w_refs.csv"),                  # the small half of the challenge
+    ("train.jsonl", "val.jsonl", "test.jsonl"))
+
+
+def load_folder(folder, name):
+    """The data of a folder, by the first row of FOLDERS whose train file is there."""
+    found = sorted(file.name for file in folder.iterdir())
+    for files in FOLDERS:
+        if files[0] in found:
+            read = READERS[Path(files[0]).suffix]
+            splits = [read(folder / file) if file in found else None for file in files]
+            return with_splits(name, *splits)
+    more = f" and {len(found) - 6} more" if len(found) > 6 else ""
+    listed = ", ".join(found[:6]) + more or "nothing"
+    raise ValueError(f"{name}: no data there; it must hold trainset.csv or devset.csv, or train.jsonl; found {listed}")
+
+
+def load(name_or_path="embedded"):
+    """The data of that name or path, as Data.
+
+    "embedded" is the corpus of lib/world.py, "plain" its plain text. Paths: a folder with the E2E
+    challenge's devset.csv or trainset.csv and testset_w_refs.csv, or with train.jsonl, val.jsonl
+    and test.jsonl; or one file, .csv, .jsonl or .txt (paragraphs divided by blank lines). A split
+    without a file is cut off the train split by prompt, so that splits share none.
+
+    ValueError where nothing known is there, or where a file is empty, broken (the message names the
+    line) or without the columns.
+    """
+    name, path = str(name_or_path), Path(name_or_path)
+    if name == "embedded":
+        return Data(*([Example(*pair) for pair in split] for split in world.embedded()))
+    if name == "plain":
+        return with_splits(name, [Example("", [text]) for text in world.plain_text()])
+    if path.is_dir():
+        return load_folder(path, name)
+    check(path.is_file(), f"{name}: no such file or folder, nor one of the names embedded, plain")
+    check(path.suffix in READERS, f"{name}: a data file ends in {', '.join(READERS)}")
+    return with_splits(name, READERS[path.suffix](path))
 
 
 # -----------------------------------------------------------------------------
 # tokenizer
 
+# SentencePiece's options. Every text comes back as it was: nothing is normalized, and what has no
+# piece is spelled in bytes.
+TRAINER = dict(
+    model_type="bpe", byte_fallback=True, character_coverage=1.0, required_chars="|:[]",
+    normalization_rule_name="identity", remove_extra_whitespaces=False, max_sentence_length=2**24,
+    num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+USUAL = {                        # special tokens, in the order in which they are looked for
+    "bos": ("<s>", "<|begin_of_text|>", "<bos>"),
+    "eos": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")}
+
 
 class Tokenizer:
-    """SentencePiece, or a tokenizer.json by way of the optional tokenizers package. bos and eos: ids, or None where there is none."""
+    """SentencePiece, or a tokenizer.json by way of the optional package tokenizers. bos and eos are
+    ids, or None where there is none."""
 
     def __init__(self, encode, decode, vocab_size, bos, eos, files):
-        self._encode, self._decode, self._files = encode, decode, files       # files: {name: bytes}, what save writes
+        self._encode, self._decode = encode, decode
+        self._files = files                                      # {name: bytes}, what save writes
         self.vocab_size, self.bos, self.eos = vocab_size, bos, eos
-        self.fingerprint = hashlib.sha256(b"".join(name.encode() + b"\0" + content for name, content in sorted(files.items()))).hexdigest()
+        contents = [name.encode() + b"\0" + files[name] for name in sorted(files)]
+        self.fingerprint = sha256_of(b"".join(contents))
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """A byte-pair encoding of texts, with fewer pieces than vocab_size where they yield no more. Every text round-trips: nothing is
-        normalized, and what is unknown is spelled in bytes."""
-        texts, model = list(texts), io.BytesIO()
-        if not any(texts):
-            raise ValueError("there is no text to train a tokenizer on")
+        """A byte-pair encoding of texts, with at most vocab_size pieces: short texts yield fewer."""
+        texts = list(texts)
+        check(any(texts), "there is no text to train a tokenizer on")
+        model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-                character_coverage=1.0, required_chars="|:[]", normalization_rule_name="identity", remove_extra_whitespaces=False,
-                max_sentence_length=2**24, num_threads=1, minloglevel=4, unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+                sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size, **TRAINER)
         except RuntimeError as error:
-            if possible := re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error)):
+            possible = re.search(r"too high \(\d+\)\. Please set it to a value <= (\d+)", str(error))
+            if possible:
                 return cls.train(texts, int(possible[1]))
-            raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these {len(texts)} texts: {str(error).split('] ')[-1]}") from None
-        return cls._of_model(model.getvalue())
+            reason = str(error).split("] ")[-1]
+            raise ValueError(f"no tokenizer of {vocab_size} pieces can be made of these {len(texts)} texts: {reason}") from None
+        return cls.from_model(model.getvalue())
 
     @classmethod
     def load(cls, path):
-        """From a folder or a file: tokenizer.model, tokenizer.json, or the pair vocab.json and merges.txt (GPT-2, OPT)."""
+        """From a folder or a file: tokenizer.model, tokenizer.json, or the pair vocab.json and
+        merges.txt (GPT-2, OPT)."""
         path = Path(path)
-        folder, names = (path, ("tokenizer.model", "tokenizer.json", "vocab.json")) if path.is_dir() else (path.parent, (path.name,))
-        name = next((name for name in names if (folder / name).is_file()), None)
-        if name is None:
-            raise ValueError(f"{path}: no tokenizer there; it must hold tokenizer.model or tokenizer.json")
-        if name.endswith(".model"):
-            try:
-                return cls._of_model((folder / name).read_bytes())
-            except RuntimeError:
-                raise ValueError(f"{folder / name}: not a SentencePiece model") from None
-        return cls._of_json(folder, name)
+        names = ("tokenizer.model", "tokenizer.json", "vocab.json")
+        candidates = [path / name for name in names] if path.is_dir() else [path]
+        files = [file for file in candidates if file.is_file()]
+        check(files, f"{path}: no tokenizer there; it must hold tokenizer.model or tokenizer.json")
+        if files[0].suffix != ".model":
+            return cls.from_json(files[0])
+        try:
+            return cls.from_model(files[0].read_bytes())
+        except RuntimeError:
+            raise ValueError(f"{files[0]}: not a SentencePiece model") from None
 
     @classmethod
-    def _of_model(cls, content):
+    def from_model(cls, content):
+        """From the bytes of a tokenizer.model. RuntimeError where they are something else."""
         if not content:
-            raise RuntimeError("empty")
+            raise RuntimeError("empty")                          # SentencePiece would not say so
         model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        bos, eos = (i if i >= 0 else None for i in (model.bos_id(), model.eos_id()))
-        return cls(model.encode, model.decode, model.vocab_size(), eos if bos is None else bos, eos, {"tokenizer.model": content})
+        eos = model.eos_id() if model.eos_id() >= 0 else None
+        bos = model.bos_id() if model.bos_id() >= 0 else eos
+        return cls(model.encode, model.decode, model.vocab_size(), bos, eos, {"tokenizer.model": content})
 
     @classmethod
-    def _of_json(cls, folder, name):
-        try:
-            import tokenizers
-        except ImportError:
-            raise ValueError(f"{folder / name} needs the tokenizers package: pip install tokenizers") from None
-        try:
-            if name == "vocab.json":
-                inner = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(folder / name), str(folder / "merges.txt")))
-                inner.pre_tokenizer, inner.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-            else:
-                inner = tokenizers.Tokenizer.from_str((folder / name).read_text(encoding="utf-8"))
-        except Exception as error:                               # the package raises bare Exception
-            raise ValueError(f"{folder / name}: not a tokenizer: {_short(str(error), 200)}") from None
+    def from_json(cls, path):
+        """From tokenizer.json, or from vocab.json with merges.txt beside it."""
+        inner = read_tokenizer(path)
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True                       # "<|endoftext|>" inside a text is text, never the end
-        config = _read_config(folder / "tokenizer_config.json")
-        eos = _special(inner, folder, config, "eos", ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>"))
-        bos = _special(inner, folder, config, "bos", ("<s>", "<|begin_of_text|>", "<bos>"))
-        bos = eos if bos is None else bos
-        config |= {f"{role}_token": inner.id_to_token(i) for role, i in (("bos", bos), ("eos", eos)) if i is not None}
-        files = {"tokenizer.json": inner.to_str().encode(), "tokenizer_config.json": json.dumps(config, indent=1).encode()}
-        return cls(lambda text: inner.encode(text, add_special_tokens=False).ids, lambda ids: inner.decode(ids, skip_special_tokens=True),
-                   max(inner.get_vocab().values()) + 1, bos, eos, files)
+        inner.encode_special_tokens = True       # "<|endoftext|>" in a text is text, not the end
+        vocabulary = inner.get_vocab()                           # {token: id}
+        config = read_json_if_there(path.with_name("tokenizer_config.json"))
+        eos = special_token(inner, path.parent, config, "eos")
+        bos = special_token(inner, path.parent, config, "bos") or eos
+        if bos:
+            config["bos_token"] = bos
+        if eos:
+            config["eos_token"] = eos
+        files = {
+            "tokenizer.json": inner.to_str().encode(),
+            "tokenizer_config.json": json.dumps(config, indent=1).encode()}
+
+        def encode(text):
+            return inner.encode(text, add_special_tokens=False).ids
+
+        vocab_size = max(vocabulary.values()) + 1
+        return cls(encode, inner.decode, vocab_size, vocabulary.get(bos), vocabulary.get(eos), files)
 
     def encode(self, text):
         """Token ids, without bos and eos."""
@@ -324,41 +352,69 @@ class Tokenizer:
 
     def decode(self, ids):
         """The text of token ids; bos, eos and ids beyond the vocabulary give none."""
-        return self._decode([i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in (self.bos, self.eos)])
-
-    def encode_pair(self, prompt, completion):
-        """(prompt ids with bos before them, completion ids with eos after them), tokenized apart from each other."""
-        return self.encode_prompt(prompt), self.encode(completion) + ([] if self.eos is None else [self.eos])
+        ordinary = [i for i in map(int, ids) if 0 <= i < self.vocab_size and i not in (self.bos, self.eos)]
+        return self._decode(ordinary)
 
     def encode_prompt(self, prompt):
-        """What generation starts from: exactly the prompt ids of encode_pair."""
-        return ([] if self.bos is None else [self.bos]) + self.encode(prompt)
+        """What generation starts from: the prompt's ids, bos before them."""
+        ids = self.encode(prompt)
+        return ids if self.bos is None else [self.bos, *ids]
+
+    def encode_completion(self, completion):
+        """The completion's ids, eos after them."""
+        ids = self.encode(completion)
+        return ids if self.eos is None else [*ids, self.eos]
+
+    def encode_pair(self, prompt, completion):
+        """(prompt ids, completion ids), tokenized apart from each other."""
+        return self.encode_prompt(prompt), self.encode_completion(completion)
 
     def save(self, folder):
-        """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into an existing folder."""
+        """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into the folder."""
         for name, content in self._files.items():
             write_atomic(Path(folder, name), content)
 
 
-def _read_config(path):
+def read_tokenizer(path):
+    """A tokenizer.json, or a vocab.json with its merges.txt, as the tokenizers package's object."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    return config if isinstance(config, dict) else {}
+        import tokenizers
+    except ImportError:
+        raise ValueError(f"{path} needs the tokenizers package: pip install tokenizers") from None
+    try:
+        if path.name != "vocab.json":
+            return tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        merges = path.with_name("merges.txt")
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(path), str(merges)))
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        return inner
+    except Exception as error:                                   # the package raises bare Exception
+        raise ValueError(f"{path}: not a tokenizer: {shortened(str(error), 200)}") from None
 
 
-def _special(inner, folder, config, role, usual):
-    """Id of bos or eos: by tokenizer_config.json, else by the model's config.json, else by the usual names."""
+def read_json_if_there(path):
+    """The object in a JSON file, {} where there is no file."""
+    return read_json(path) if path.is_file() else {}
+
+
+def special_token(inner, folder, config, role):
+    """bos or eos as text, or None: by config (tokenizer_config.json), else by the model's
+    config.json, else by the usual names."""
     token = config.get(f"{role}_token")
-    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        token = token.get("content")
     if isinstance(token, str) and inner.token_to_id(token) is not None:
-        return inner.token_to_id(token)
-    i = _read_config(folder / "config.json").get(f"{role}_token_id")
-    i = i[0] if isinstance(i, list) and i else i
+        return token
+    i = read_json_if_there(folder / "config.json").get(f"{role}_token_id")
+    if isinstance(i, list) and i:
+        i = i[0]
     if isinstance(i, int) and inner.id_to_token(i) is not None:
-        return i
-    return next((i for token in usual if (i := inner.token_to_id(token)) is not None), None)
+        return inner.id_to_token(i)
+    for token in USUAL[role]:
+        if inner.token_to_id(token) is not None:
+            return token
+    return None
 
 
 # -----------------------------------------------------------------------------
@@ -380,219 +436,256 @@ class Encoded:
     n_supervised: int = 0        # targets that count
     n_tokens: int = 0            # tokens that go in
 
+    def add(self, ids, n_prompt):
+        """Takes a sequence in, or counts it as empty."""
+        supervised = len(ids) - max(n_prompt, 1)                 # nothing stands before the very first token
+        if supervised < 1:  # fault 26
+            self.n_empty += 1
+            return
+        self.sequences.append((ids, n_prompt))
+        self.n_supervised += supervised
+        self.n_tokens += len(ids) - 1
 
-def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True, vocab_size=None):
-    """Examples -> Encoded. With all_references each reference is a sequence of its own, else the first one alone.
 
-    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"); text without a prompt is
-    neither, but goes on in the next sequence. vocab_size: the model's, where it is not the tokenizer's.
+def check_vocabulary(ids, vocab_size, text):
+    """ValueError that names the first token without an embedding, and the text that it is of."""
+    for i, token in enumerate(ids):
+        if not 0 <= token < vocab_size:  # fault 25
+            raise ValueError(f"token {token} at index {i} of {shortened(text)!r} is beyond the vocabulary of {vocab_size}")
+
+
+def pieces(ids, n_prompt, block_size):
+    """A sequence as a list of (ids, n_prompt), each of at most block_size targets. The last token of
+    one is the first of the next, where it counts as prompt."""
+    starts = range(0, max(len(ids) - 1, 1), block_size)
+    return [(ids[start:start + block_size + 1], 1 if start else n_prompt) for start in starts]
+
+
+def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True,
+           vocab_size=None):
+    """Examples -> Encoded. Each reference makes a sequence; without all_references only the first.
+
+    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"). Text
+    without a prompt is neither: it goes on in the next sequence. vocab_size is the model's, where
+    it differs from the tokenizer's.
     """
-    if too_long not in ("refuse", "cut"):
-        raise ValueError(f"too_long is {too_long!r}; it must be refuse or cut")
-    if block_size < 1:
-        raise ValueError(f"block_size is {block_size}; it must be at least 1")
-    if not examples:
-        raise ValueError("there are no examples to encode: the split is empty")
-    result = Encoded([], block_size)
-    vocab_size = vocab_size or tokenizer.vocab_size
+    check(too_long in ("refuse", "cut"), f"too_long is {too_long!r}; it must be refuse or cut")
+    check(block_size >= 1, f"block_size is {block_size}; it must be at least 1")
+    check(examples, "there are no examples to encode: the split is empty")
+    encoded = Encoded([], block_size)
     for example in examples:
         prompt = tokenizer.encode_prompt(format_prompt(example.prompt, template))
-        for reference in example.references if all_references else example.references[:1]:
-            ids, n_prompt = prompt + tokenizer.encode(reference), len(prompt)
-            if len(ids) == n_prompt:                             # an end token alone would teach to say nothing
-                result.n_empty += 1
+        references = example.references if all_references else example.references[:1]
+        for reference in references:
+            completion = tokenizer.encode_completion(reference)
+            if completion in ([], [tokenizer.eos]):      # the end alone would teach to say nothing
+                encoded.n_empty += 1
                 continue
-            ids += [] if tokenizer.eos is None else [tokenizer.eos]
-            if (largest := max(ids)) >= vocab_size or min(ids) < 0:
-                at = next(i for i, token in enumerate(ids) if not 0 <= token < vocab_size)
-                raise ValueError(f"token {ids[at]} at index {at} of {_short(example.prompt or reference)!r} is beyond the vocabulary of {vocab_size}")
-            if len(ids) - 1 > block_size and not example.prompt:
-                pieces = [(ids[i:i + block_size + 1], n_prompt if i == 0 else 1) for i in range(0, len(ids) - 1, block_size)]
-            elif len(ids) - 1 > block_size and too_long == "refuse":
-                raise ValueError(f"{_short(example.prompt)!r} and its text have {len(ids) - 1} tokens, block_size is {block_size}; "
-                                 f"raise it, or set too_long to cut")
-            else:
-                result.n_cut += len(ids) - 1 > block_size
-                pieces = [(ids[:block_size + 1], n_prompt)]
-            for piece, n_prompt in pieces:
-                supervised = len(piece) - max(n_prompt, 1)       # the very first token has nothing before it
-                if supervised < 1:
-                    result.n_empty += 1
-                    continue
-                result.sequences.append((piece, n_prompt))
-                result.n_supervised += supervised
-                result.n_tokens += len(piece) - 1
-    if not result.sequences:
-        raise ValueError(f"nothing to learn from in {len(examples)} examples: all {result.n_empty} sequences are empty or all prompt")
-    return result
+            ids = prompt + completion
+            check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
+            kept = pieces(ids, len(prompt), block_size)
+            if example.prompt and len(kept) > 1:
+                check(too_long == "cut", f"{shortened(example.prompt)!r} and its text have {len(ids) - 1} tokens, block_size is {block_size}; raise it, or set too_long to cut")  # fault 27
+                encoded.n_cut += 1
+                kept = kept[:1]
+            for piece in kept:
+                encoded.add(*piece)
+    check(encoded.sequences, f"nothing to learn from in {len(examples)} examples: all {encoded.n_empty} sequences are empty or all prompt")
+    return encoded
 
 
 def padded(length, block_size):
-    """Lengths of batches are multiples of 8 up to block_size: fewer shapes to prepare kernels for, and none that is slow."""
+    """The length of a batch: a multiple of 8, at most block_size. So there are fewer shapes to
+    prepare kernels for, and none that is slow."""
     return np.minimum(-(-length // 8) * 8, block_size)
 
 
 def collate(sequences, block_size):
-    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with token 0 and target -1."""
+    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
+    B = len(sequences)
     T = padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
-    tokens, targets = np.zeros((len(sequences), T), np.int64), np.full((len(sequences), T), -1, np.int64)
+    tokens = np.zeros((B, T), np.int64)
+    targets = np.full((B, T), -1, np.int64)
     for row, (ids, n_prompt) in enumerate(sequences):
+        end = len(ids) - 1
         start = max(n_prompt, 1)
-        tokens[row, :len(ids) - 1] = ids[:-1]
-        targets[row, start - 1:len(ids) - 1] = ids[start:]
+        tokens[row, :end] = ids[:-1]
+        targets[row, start - 1:end] = ids[start:]
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
+# -----------------------------------------------------------------------------
+# batches
+
+
 class Batches:
-    """Endless batches of sequences of like length. An epoch is a permutation; where the batch does not divide it, the few left
-    over open the next one, so that every batch is full. A global batch of batch_size * world_size sequences is drawn alike
-    in every process, each of which takes its own rows: two of batch 8 see what one of 16 sees.
+    """Endless batches of sequences of like length. An epoch is a permutation. Where the batch does
+    not divide it, the few left over open the next one, so that every batch is full. Every process
+    draws the same global batch of batch_size * world_size sequences and takes its own rows of it:
+    two processes of batch 8 see what one of 16 sees.
     """
 
-    POOL = 64                    # global batches sorted by length among each other: more pads less and mixes less
+    POOL = 64        # global batches that are sorted by length together: more of them pad less and mix less
 
     def __init__(self, encoded, batch_size, seed, rank=0, world_size=1):
-        if batch_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
-        if not encoded.sequences:
-            raise ValueError("there are no sequences to make batches of")
-        self.sequences, self.block_size, self.rank, self.world_size = encoded.sequences, encoded.block_size, rank, world_size
+        fits = batch_size >= 1 and 0 <= rank < world_size
+        check(fits, f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
+        check(encoded.sequences, "there are no sequences to make batches of")
+        self.sequences, self.block_size = encoded.sequences, encoded.block_size
+        self.rank, self.world_size = rank, world_size
         self.lengths = np.array([len(ids) - 1 for ids, _ in self.sequences])
         self.global_batch, self.seed = batch_size * world_size, seed
-        self._open(0)
+        self.start(0)
 
-    def _permutation(self, epoch):
-        return np.random.default_rng([self.seed % 2**63, epoch]).permutation(len(self.sequences))
+    def generator(self, *stream):
+        """The random generator of this seed and the numbers of a stream."""
+        return np.random.default_rng([self.seed % 2**63, *stream])
 
-    def _batches(self, epoch):
-        """(n_batches, global_batch) indices: the full batches that end within this epoch of the stream of permutations. A function
-        of seed and epoch alone, so that two numbers are all the state there is."""
+    def plan_of(self, epoch):
+        """(n_batches, global_batch) indices: the full batches that end within this epoch of the
+        stream of permutations. It depends on seed and epoch alone, so two numbers are the state."""
         n, G = len(self.sequences), self.global_batch
-        start, stop = epoch * n // G * G, (epoch + 1) * n // G * G
+        start = epoch * n // G * G
+        stop = (epoch + 1) * n // G * G
         if start == stop:
             return np.empty((0, G), np.int64)
-        stream = np.concatenate([self._permutation(e) for e in range(start // n, epoch + 1)])[start - start // n * n:][:stop - start]
-        pools = [stream[i:i + self.POOL * G] for i in range(0, len(stream), self.POOL * G)]
-        plan = np.concatenate([pool[np.argsort(self.lengths[pool], kind="stable")].reshape(-1, G) for pool in pools])
-        return np.random.default_rng([self.seed % 2**63, epoch, 1]).permutation(plan)
+        first = start // n
+        permutations = [self.generator(e).permutation(n) for e in range(first, epoch + 1)]
+        stream = np.concatenate(permutations)[start - first * n:stop - first * n]
+        batches = []
+        for i in range(0, len(stream), self.POOL * G):
+            pool = stream[i:i + self.POOL * G]
+            order = np.argsort(self.lengths[pool], kind="stable")
+            batches.append(pool[order].reshape(-1, G))
+        return self.generator(epoch, 1).permutation(np.concatenate(batches))
 
-    def _open(self, epoch):
-        while not len(plan := self._batches(epoch)):             # a batch larger than the data ends in a later epoch
+    def start(self, epoch):
+        """Goes to the first batch of an epoch, or of the next one in which a batch ends: one that is
+        larger than the data ends in a later epoch."""
+        plan = self.plan_of(epoch)
+        while not len(plan):
             epoch += 1
-        self.epoch, self.index, self._plan = epoch, 0, plan
+            plan = self.plan_of(epoch)
+        self.epoch, self.index, self.plan = epoch, 0, plan
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        if self.index == len(self._plan):
-            self._open(self.epoch + 1)
-        rows = self._plan[self.index][self.rank::self.world_size]
+        if self.index == len(self.plan):
+            self.start(self.epoch + 1)
+        rows = self.plan[self.index][self.rank::self.world_size]
         self.index += 1
         return collate([self.sequences[i] for i in rows], self.block_size)
 
-    @property
-    def padding(self):
-        """Share of the positions of this epoch's batches, as this process gets them, that are padding."""
-        lengths = self.lengths[self._plan[:, self.rank::self.world_size]]                        # (n_batches, batch_size)
-        return float(1 - lengths.sum() / (padded(lengths.max(1), self.block_size).sum() * lengths.shape[1]))
-
     def state_dict(self):
         """The position: the next batch, and what it depends on."""
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences), "global_batch": self.global_batch}
+        return {
+            "epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences),
+            "global_batch": self.global_batch}
 
     def load_state_dict(self, state):
-        """Goes on with the very next batch; refused where data, batch or seed are others."""
+        """Goes on with the next batch. ValueError where data, batch or seed are others."""
         for key, value in self.state_dict().items():
-            if type(state.get(key)) is not int:
-                raise ValueError(f"the position in the data has no {key}")
-            if key not in ("epoch", "index") and state[key] != value:
-                raise ValueError(f"the position in the data is for {key} {state[key]}, this run has {value}")
-        if state["epoch"] < 0 or not 0 <= state["index"] <= len(plan := self._batches(state["epoch"])):
-            raise ValueError(f"the position in the data, epoch {state['epoch']} batch {state['index']}, does not exist")
-        self.epoch, self.index, self._plan = state["epoch"], state["index"], plan
+            check(type(state.get(key)) is int, f"the position in the data has no {key}")
+            same = key in ("epoch", "index") or state[key] == value
+            check(same, f"the position in the data is for {key} {state[key]}, this run has {value}")
+        epoch, index = state["epoch"], state["index"]
+        plan = self.plan_of(max(epoch, 0))
+        exists = epoch >= 0 and 0 <= index <= len(plan)
+        check(exists, f"the position in the data, epoch {epoch} batch {index}, does not exist")
+        self.epoch, self.index, self.plan = epoch, index, plan
 
 
 def eval_batches(encoded, batch_size, limit=None):
-    """A list of (tokens, targets), always the same: all sequences, or limit batches of them spread evenly over the split."""
+    """A list of (tokens, targets), always the same: of all sequences, or of limit batches of them,
+    which are spread evenly over the split."""
     sequences = encoded.sequences
-    if limit and limit * batch_size < len(sequences):
-        sequences = [sequences[i * len(sequences) // (limit * batch_size)] for i in range(limit * batch_size)]
+    count = limit * batch_size if limit else len(sequences)
+    if count < len(sequences):
+        sequences = [sequences[i * len(sequences) // count] for i in range(count)]
     sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
-    return [collate(sequences[i:i + batch_size], encoded.block_size) for i in range(0, len(sequences), batch_size)]
+    starts = range(0, len(sequences), batch_size)
+    return [collate(sequences[i:i + batch_size], encoded.block_size) for i in starts]
 
 
 # -----------------------------------------------------------------------------
 # the E2E challenge's files
 
 E2E_ADDRESS = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
-E2E_FILES = {   # SHA-256 of the official files; the archive's own is not published, so its content is what is checked
+E2E_FILES = {                    # SHA-256 of the official files; the archive's own is not published
     "trainset.csv": "f27d48df45815288ab15619d47a79028c300fbb7f42e373668aba0b98c1d57c6",
     "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
-    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd",
-}
+    "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"}
 LARGEST = 2**26                  # bytes, of the archive and of a file in it
 
 
 def download(folder, archive=None, sha256=None, files=E2E_FILES):
-    """Puts the E2E challenge's CSV files into folder, out of an archive on disk or else the official one.
+    """Puts the E2E challenge's CSV files into folder, from an archive on disk or the official one.
 
-    Nothing is written before every file's SHA-256 (and the archive's, if given) is right. Returns the archive's SHA-256.
+    Nothing is written before every file's SHA-256 (and the archive's, if given) is right. Returns
+    the archive's SHA-256.
     """
-    folder = Path(folder)
-    raw = _fetch(folder, archive)
-    digest = hashlib.sha256(raw).hexdigest()
-    if sha256 and digest != sha256.lower():
-        raise ValueError(f"{archive or 'the archive'}: SHA-256 is {digest}, wanted {sha256}; nothing was written")
-    contents = _unpack(raw, archive or E2E_ADDRESS, files)
+    folder, origin = Path(folder), archive or E2E_ADDRESS
+    raw = read_archive(archive, folder)
+    check(len(raw) <= LARGEST, f"{origin}: larger than {LARGEST} bytes, which the data is not")
+    digest = sha256_of(raw)
+    check(not sha256 or digest == sha256.lower(), f"{archive or 'the archive'}: SHA-256 is {digest}, wanted {sha256}; nothing was written")
+    contents = unpack(raw, origin, files)
     for name, wanted in files.items():
-        if (found := hashlib.sha256(contents[name]).hexdigest()) != wanted:
-            raise ValueError(f"{name} in {archive or E2E_ADDRESS}: SHA-256 is {found}, wanted {wanted}; nothing was written")
-        if (folder / name).exists() and (folder / name).read_bytes() != contents[name]:
-            raise ValueError(f"{folder / name} is there already and differs; move it away first")
+        found = sha256_of(contents[name])
+        check(found == wanted, f"{name} in {origin}: SHA-256 is {found}, wanted {wanted}; nothing was written")
+        path = folder / name
+        same = not path.exists() or path.read_bytes() == contents[name]
+        check(same, f"{path} is there already and differs; move it away first")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in files:
-            write_atomic(folder / name, [contents[name]])
     except OSError as error:
         raise ValueError(f"{folder}: {error.strerror}") from None
+    for name in files:
+        write_atomic(folder / name, contents[name])
     return digest
 
 
-def _fetch(folder, archive):
+def read_archive(archive, folder):
+    """The bytes of the archive on disk or, where archive is None, of the official one."""
     try:
-        with open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30) as source:
-            raw = source.read(LARGEST + 1)
-    except (OSError, http.client.HTTPException) as error:           # URLError is an OSError
+        source = open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30)
+        with source:
+            return source.read(LARGEST + 1)
+    except (OSError, http.client.HTTPException) as error:        # URLError is an OSError
         if archive:
             raise ValueError(f"{archive}: {error.strerror}") from None
-        raise ValueError(f"cannot fetch {E2E_ADDRESS} ({getattr(error, 'reason', error)}): put {', '.join(E2E_FILES)} into {folder} by hand, "
+        reason = getattr(error, "reason", error)
+        raise ValueError(f"cannot fetch {E2E_ADDRESS} ({reason}): put {', '.join(E2E_FILES)} into {folder} by hand, "
                          f"or pass the file with --archive") from None
-    if len(raw) > LARGEST:
-        raise ValueError(f"{archive or E2E_ADDRESS}: larger than {LARGEST} bytes, which the data is not")
-    return raw
 
 
-def _unpack(raw, origin, names):
-    """{name: content} of the named files, wherever in the archive they lie. Nothing but their content leaves it."""
+def path_parts(entry, origin):
+    """The folders and the name of an entry. ValueError where they lead out, or where it is a link."""
+    parts = entry.filename.replace("\\", "/").split("/")
+    climbs = ".." in parts or parts[0] == "" or ":" in parts[0]
+    is_link = stat.S_ISLNK(entry.external_attr >> 16)
+    check(not climbs and not is_link, f"{origin}: {entry.filename!r} climbs out of the folder or is a link; nothing was written")
+    return parts
+
+
+def unpack(raw, origin, names):
+    """{name: content} of the named files, wherever they lie in the archive."""
     contents = {}
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             for entry in archive.infolist():
-                parts = entry.filename.replace("\\", "/").split("/")
-                if ".." in parts or parts[0] == "" or ":" in parts[0] or stat.S_ISLNK(entry.external_attr >> 16):
-                    raise ValueError(f"{origin}: {entry.filename!r} climbs out of the folder or is a link; nothing was written")
-                if parts[-1] in names and "__MACOSX" not in parts:
-                    if parts[-1] in contents:
-                        raise ValueError(f"{origin}: {parts[-1]} is in it twice")
+                *folders, name = path_parts(entry, origin)
+                if name in names and "__MACOSX" not in folders:
+                    check(name not in contents, f"{origin}: {name} is in it twice")
                     with archive.open(entry) as file:
-                        contents[parts[-1]] = file.read(LARGEST + 1)
-                    if len(contents[parts[-1]]) > LARGEST:
-                        raise ValueError(f"{origin}: {entry.filename} is larger than {LARGEST} bytes")
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError, OSError, zlib.error) as error:
+                        contents[name] = file.read(LARGEST + 1)
+                    check(len(contents[name]) <= LARGEST, f"{origin}: {entry.filename} is larger than {LARGEST} bytes")
+    except (zipfile.BadZipFile, RuntimeError, EOFError, OSError, zlib.error) as error:
         raise ValueError(f"{origin}: not a readable zip archive: {error}") from None
-    if missing := [name for name in names if name not in contents]:
-        raise ValueError(f"{origin}: no {', '.join(missing)} in it")
+    missing = [name for name in names if name not in contents]
+    check(not missing, f"{origin}: no {', '.join(missing)} in it")
     return contents
 
 
@@ -600,9 +693,23 @@ def _unpack(raw, origin, names):
 # command line
 
 
+def show():
+    """Prints a look at the embedded data."""
+    corpus, plain = load("embedded"), world.plain_text()
+    n_texts = sum(len(example.references) for example in corpus.train)
+    megabytes = sum(map(len, plain)) / 1e6
+    print(f"embedded: {len(corpus.train)} train, {len(corpus.val)} val, {len(corpus.test)} test representations, "
+          f"{n_texts} train texts; plain text: {megabytes:.1f} MB")
+    for example in corpus.train[:5]:
+        prompt = format_prompt(example.prompt, "pipe")
+        print(f"\n{prompt}", *example.references, sep="\n    ")
+    print("\nplain text, for pretraining the small base:", *plain[:5], sep="\n\n")
+
+
 def main(args):
     """The command line: shows the embedded data, or fetches E2E."""
-    parser = argparse.ArgumentParser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("download", help="fetch, check and unpack a data set")
     command.add_argument("dataset", choices=["e2e"])
@@ -610,21 +717,12 @@ def main(args):
     command.add_argument("--archive", help="e2e-dataset.zip on disk, where there is no network")
     command.add_argument("--sha256", help="what the archive's SHA-256 must be; the files' own are always checked")
     options = parser.parse_args(args)
-    if options.command == "download":
-        digest = download(options.folder, options.archive, options.sha256)
-        print(f"{options.folder}: {', '.join(E2E_FILES)}, each with the right SHA-256 (archive {digest})")
+    if options.command is None:
+        show()
         return
-    corpus, plain = load("embedded"), world.plain_text()
-    print(f"embedded: {len(corpus.train)} train, {len(corpus.val)} val, {len(corpus.test)} test representations, "
-          f"{sum(len(example.references) for example in corpus.train)} train texts; plain text: {sum(map(len, plain)) / 1e6:.1f} MB")
-    for example in corpus.train[:5]:
-        print(f"\n{format_prompt(example.prompt, 'pipe')}", *example.references, sep="\n    ")
-    print("\nplain text, for pretraining the small base:", *plain[:5], sep="\n\n")
+    digest = download(options.folder, options.archive, options.sha256)
+    print(f"{options.folder}: {', '.join(E2E_FILES)}, each with the right SHA-256 (archive {digest})")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main, sys.argv[1:])
