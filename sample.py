@@ -31,20 +31,19 @@ def stream(model, tokenizer, prompt, args):
     """Yields the text of the continuation in pieces, as soon as they are certain."""
     import torch
     generator = torch.Generator(model.head.weight.device).manual_seed(args.seed)
-    ids, told = [], ""
-    for token in model.stream([tokenizer.encode_pair(prompt, "")[0]], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                              tokenizer.eos, generator):
-        if token.item() != tokenizer.eos:
-            ids.append(token.item())
+    prompts = [tokenizer.encode_pair(prompt, "")[0]]
+    ids, shown = [], ""
+    for token in model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p, tokenizer.eos, generator):
+        ids += [i for i in token.tolist() if i != tokenizer.eos]
         text = tokenizer.decode(ids)
-        if text.startswith(told) and not text.endswith("\ufffd"):       # half a character is waited for
-            yield text[len(told):]
-            told = text
-    yield tokenizer.decode(ids)[len(told):]
+        if text.startswith(shown) and not text.endswith("\ufffd"):       # half a character waits for its other half
+            yield text[len(shown):]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown):]
 
 
 def main(args):
-    """Every model continues every prompt."""
+    """Prints how every model continues every prompt."""
     import data
     from lib import run
     for folder in args.model:

@@ -1,0 +1,122 @@
+"""
+Beam search: the likeliest continuation of each prompt that K hypotheses at a time can find.
+
+    beam_search(model, [[1, 2, 3], [4]], max_new_tokens=20, beams=10, length_penalty=0.8, stop=0)
+
+B is the number of prompts, K of beams, V of tokens in the vocabulary.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from model import Cache
+
+NO_TOKEN = -1           # stands before a short prompt, and behind a hypothesis that is finished
+
+
+class Hypotheses(NamedTuple):
+    """N continuations of each prompt."""
+
+    scores: torch.Tensor        # (B, N) float32, sums of log-probabilities; -inf where there is no hypothesis
+    tokens: torch.Tensor        # (B, N, length) int64
+
+    def normalized(self, length_penalty):
+        """Scores (B, N) that hypotheses of different lengths are compared by."""
+        return self.scores / self.tokens.size(-1) ** length_penalty
+
+    def where(self, condition):
+        """Those for which the condition, bool (B, N), holds; the others' scores become -inf."""
+        return Hypotheses(self.scores.masked_fill(~condition, -math.inf), self.tokens)
+
+    def best(self, n):
+        """The n of each prompt with the largest scores, largest first, and where they stood, (B, n)."""
+        scores, order = self.scores.topk(n)
+        return Hypotheses(scores, self.tokens.take_along_dim(order.unsqueeze(-1), 1)), order
+
+
+@torch.inference_mode()
+def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_repeat_ngram=0, stop=None):
+    """The continuation with the largest sum of log-probabilities / length ** length_penalty that `beams` hypotheses find.
+
+    prompts: lists of ids. Returns lists of the generated ids without the stop token. Where no_repeat_ngram is n, no n-gram of
+    generated tokens comes twice. The search ends after max_new_tokens, at the context's end, or where no running hypothesis
+    has a better score than a finished one.
+    """
+    stop = NO_TOKEN if stop is None else stop
+    cache = Cache(model.config.n_layer, model.config.block_size)
+    logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
+    scores = logp.new_full((len(prompts), beams), -math.inf)
+    tokens = logp.new_empty((len(prompts), beams, 0), dtype=torch.long)
+    finished = Hypotheses(scores.clone(), tokens)                # its scores are divided by length ** length_penalty
+    scores[:, 0] = 0                                             # the K copies of a prompt are one hypothesis
+    running = Hypotheses(scores, tokens)
+    for _ in range(max_new_tokens):
+        if no_repeat_ngram:
+            forbid_repeats(logp, running.tokens.flatten(0, 1), no_repeat_ngram)
+        candidates, rows = grow(running, logp)                   # (B, 2 K), enough for K that go on where K end
+        ends = candidates.tokens[:, :, -1] == stop
+        finished = add_finished(finished, candidates.where(ends), length_penalty)
+        running, order = candidates.where(~ends).best(beams)
+        beaten = finished.scores[:, -1] >= running.normalized(length_penalty)[:, 0]            # (B,)
+        if beaten.all() or cache.seen + model.reserved == model.config.block_size:
+            break
+        cache.select(rows.gather(1, order).flatten())
+        logp = next_logp(model, running.tokens[:, :, -1].reshape(-1, 1), cache, cache.next)
+    best = add_finished(finished, running, length_penalty).tokens[:, 0]
+    return [[token for token in ids if token not in (stop, NO_TOKEN)] for ids in best.tolist()]
+
+
+def read_prompts(model, prompts, beams, cache):
+    """Puts K rows for each prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
+    longest = max(map(len, prompts))
+    padded = [[NO_TOKEN] * (longest - len(prompt)) + prompt for prompt in prompts]
+    tokens = torch.tensor(padded, device=model.head.weight.device)
+    pos = (tokens != NO_TOKEN).cumsum(1) - 1                     # negative for padding
+    logp = next_logp(model, tokens.clamp(min=0), cache, pos)
+    rows = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
+    cache.select(rows)
+    return logp[rows]
+
+
+def next_logp(model, tokens, cache, pos):
+    """tokens (rows, T) at positions pos (rows, T) -> log-probabilities (rows, V), float32, of what follows the last one."""
+    logits = model.head(model.hidden(tokens, cache, pos)[:, -1])
+    return logits.float().log_softmax(-1)
+
+
+def forbid_repeats(logp, tokens, n):
+    """Sets to -inf, in place, the log-probability (rows, V) of each token that would complete an n-gram which its row of
+    tokens (rows, length) holds already."""
+    length = tokens.size(1)
+    if length < n:
+        return
+    windows = tokens.unfold(1, n, 1)                             # (rows, length - n + 1, n)
+    same = (windows[:, :, :-1] == tokens[:, None, length - n + 1:]).all(-1)
+    row, window = same.nonzero(as_tuple=True)
+    logp[row, windows[row, window, -1]] = -math.inf
+
+
+def grow(running, logp):
+    """The 2 K likeliest continuations of each prompt's K hypotheses by a token, and the row of logp (B * K, V) and of the
+    cache that each continues, (B, 2 K)."""
+    B, K = running.scores.shape
+    scores = (running.scores.view(-1, 1) + logp).view(B, -1)     # (B, K * V)
+    scores, index = scores.topk(2 * K)
+    V = logp.size(1)
+    rows = index // V + torch.arange(0, B * K, K, device=logp.device).unsqueeze(1)
+    tokens = running.tokens.flatten(0, 1)[rows]                  # (B, 2 K, length - 1)
+    return Hypotheses(scores, torch.cat((tokens, (index % V).unsqueeze(-1)), -1)), rows
+
+
+def add_finished(finished, ended, length_penalty):
+    """The K best of the finished hypotheses and the first K that have ended with the last token."""
+    K = finished.scores.size(1)
+    scores = torch.cat((finished.scores, ended.normalized(length_penalty)[:, :K]), 1)
+    growth = ended.tokens.size(-1) - finished.tokens.size(-1)
+    padded = F.pad(finished.tokens, (0, growth), value=NO_TOKEN)
+    tokens = torch.cat((padded, ended.tokens[:, :K]), 1)
+    best, _ = Hypotheses(scores, tokens).best(K)
+    return best
