@@ -110,9 +110,9 @@ def evaluate_run(folder, args):
         row = {"method": "base", "trainable": 0}
     row |= score(predictions, references, [example.prompt for example in test])
     row |= {"seconds": round(seconds, 1), "texts": len(test)}
-    files = {"predictions.txt": lines(predictions), "references.txt": "\n".join(map(lines, references)),
+    texts = {"predictions.txt": lines(predictions), "references.txt": "\n".join(map(lines, references)),
              "scores.json": json.dumps(row, indent=1) + "\n"}
-    for name, text in files.items():
+    for name, text in texts.items():
         write_atomic(Path(folder, name), text.encode())
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
 
@@ -138,8 +138,9 @@ def read_text(path):
 
 def files_row(predictions, references):
     """The row of a file of one text a line, and one of groups of references with an empty line between them."""
+    texts = read_text(predictions).rstrip("\n").split("\n")
     groups = re.split(r"\n\s*\n", read_text(references).strip("\n"))
-    scores = score(read_text(predictions).rstrip("\n").split("\n"), [group.split("\n") for group in groups])
+    scores = score(texts, [group.split("\n") for group in groups])
     return {"method": Path(predictions).name, "trainable": 0, "settings": "", **scores}
 
 
@@ -153,7 +154,9 @@ def mean_and_deviation(values, factor, digits):
     if not numbers:
         return "-"
     mean = f"{statistics.fmean(numbers):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else mean
+    if len(numbers) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
 
 
 def table(rows, columns, markdown=False):
@@ -161,15 +164,18 @@ def table(rows, columns, markdown=False):
     seeds = defaultdict(list)                                    # settings -> rows
     for row in rows:
         seeds[row["settings"]].append(row)
-    lines_of_cells = [["run", "trained", *(title for title, _, _ in columns.values()), "runs"]]
+    titles = [title for title, _, _ in columns.values()]
+    table_rows = [["run", "trained", *titles, "runs"]]
     for group in seeds.values():
         first = group[0]
-        name = re.sub(r"-\d+$", "", Path(first["run"]).name) if "run" in first else first["method"]
+        name = first["method"]
+        if "run" in first:
+            name = re.sub(r"-\d+$", "", Path(first["run"]).name)              # out/lora-1 and out/lora-2 are lora
         cells = [name, f"{first['trainable']:,}"]
         for key, (_, factor, digits) in columns.items():
             cells.append(mean_and_deviation([row[key] for row in group], factor, digits))
-        lines_of_cells.append([*cells, str(len(group))])
-    return report.table(lines_of_cells, markdown)
+        table_rows.append([*cells, str(len(group))])
+    return report.table(table_rows, markdown)
 
 
 # -----------------------------------------------------------------------------
@@ -209,8 +215,10 @@ def main(args):
         rows = [evaluate_run(folder, args) for folder in args.runs]
     if not rows:
         raise ValueError("nothing to evaluate: give the folders of runs, or --predictions and --references")
-    columns = TRAINING_COLUMNS if args.training else SCORE_COLUMNS
-    print(json.dumps(rows, indent=1) if args.json else table(rows, columns, args.markdown))
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(table(rows, TRAINING_COLUMNS if args.training else SCORE_COLUMNS, args.markdown))
 
 
 if __name__ == "__main__":

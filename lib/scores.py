@@ -7,9 +7,7 @@ BLEU and NIST count mteval-13a tokens, ROUGE-L, CIDEr and METEOR Penn Treebank t
 and Java, and is None without. Every score takes predictions, a list of str, and references, a list of lists of str.
 """
 
-import functools
 import math
-import operator
 import re
 import shutil
 import statistics
@@ -52,7 +50,8 @@ def tokenize_ptb(text):
 
 def tokenized(predictions, references, tokenize):
     """Pairs, one a prediction: its words, and a list of the words of each of its references."""
-    return [(tokenize(text), [tokenize(t) for t in texts]) for text, texts in zip(predictions, references)]
+    others = [list(map(tokenize, texts)) for texts in references]
+    return list(zip(map(tokenize, predictions), others))
 
 
 def ngrams(words, n):
@@ -60,10 +59,16 @@ def ngrams(words, n):
     return Counter(zip(*(words[i:] for i in range(n))))
 
 
-def matches(words, references, n):
-    """Counter of the n-grams that a text shares with its references, none more often than one of them has it."""
-    largest_counts = functools.reduce(operator.or_, (ngrams(reference, n) for reference in references))
-    return ngrams(words, n) & largest_counts
+def matches(pairs, n):
+    """Counter of the n-grams that tokenized predictions share with their references: for each prediction at most as many as
+    the one reference has that has most of them."""
+    found = Counter()
+    for words, others in pairs:
+        largest_counts = Counter()
+        for other in others:
+            largest_counts |= ngrams(other, n)
+        found.update(ngrams(words, n) & largest_counts)
+    return found
 
 
 def number_of_ngrams(pairs, n):
@@ -86,8 +91,7 @@ def bleu(predictions, references, max_n=4):
     pairs = tokenized(predictions, references, tokenize_13a)
     log_precisions = []
     for n in range(1, max_n + 1):
-        hits = sum(matches(words, others, n).total() for words, others in pairs)
-        precision = max(hits, 1e-15) / max(number_of_ngrams(pairs, n), 1e-9)
+        precision = max(matches(pairs, n).total(), 1e-15) / max(number_of_ngrams(pairs, n), 1e-9)
         log_precisions.append(math.log(precision))
     length = number_of_ngrams(pairs, 1)
     reference_length = sum(closest_length(words, others) for words, others in pairs)
@@ -109,15 +113,15 @@ def nist(predictions, references, max_n=5):
             counts[()] += len(words)
             for n in range(1, max_n + 1):
                 counts.update(ngrams(words, n))
+
+    def information(gram):
+        return math.log2(counts[gram[:-1]] / counts[gram])
+
     terms = []
     for n in range(1, max_n + 1):
-        hits = Counter()
-        for words, others in pairs:
-            hits.update(matches(words, others, n))
-        information = sum(count * math.log2(counts[gram[:-1]] / counts[gram]) for gram, count in hits.items())
         total = number_of_ngrams(pairs, n)
         if total:
-            terms.append(information / total)
+            terms.append(sum(count * information(gram) for gram, count in matches(pairs, n).items()) / total)
     ratio = min(number_of_ngrams(pairs, 1) / mean_length, 1)
     beta = math.log(0.5) / math.log(1.5) ** 2                    # texts of two thirds of the length get half the score
     penalty = math.exp(beta * math.log(ratio) ** 2) if ratio > 0 else 0.0
@@ -157,7 +161,8 @@ def norm(vector):
 
 def clipped_cosine(vector, reference):
     """Cosine of two {n-gram: weight}, the first clipped to the second (CIDEr-D); 0 where they share nothing."""
-    dot = sum(min(weight, reference[gram]) * reference[gram] for gram, weight in vector.items() if gram in reference)
+    shared = [(vector[gram], reference[gram]) for gram in vector if gram in reference]
+    dot = sum(min(a, b) * b for a, b in shared)
     return dot / (norm(vector) * norm(reference)) if dot else 0.0
 
 
