@@ -21,8 +21,39 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from lib.config import read_run_config, run_main
+
+
+def parse(args):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="*", help="folders: runs of train.py, or models in Hugging Face layout")
+    parser.add_argument("--data", default="", help="whose test split; default: the run's own")
+    parser.add_argument("--limit", type=int, default=0, help="only the first N representations")
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--max_new_tokens", type=int, default=120)
+    parser.add_argument("--beams", type=int, default=1, help="1 is greedy (default)")
+    parser.add_argument("--length_penalty", type=float, default=1.0)
+    parser.add_argument("--no_repeat_ngram", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--training", action="store_true", help="losses, time, memory and size of the runs instead of scores")
+    parser.add_argument("--markdown", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--predictions", help="a file of texts, one a line")
+    parser.add_argument("--references", help="a file of references, groups separated by an empty line")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
+    ARGS = parse(sys.argv[1:])
+
+import data
+import peft
 from lib import report
-from lib.config import Config, read_toml, run_main
+from lib.beam import beam_search
+from lib.files import write_atomic
+from lib.run import load_run, sample_text
 from lib.scores import score
 
 # -----------------------------------------------------------------------------
@@ -41,12 +72,11 @@ TRAINING_COLUMNS = {
 
 def continue_prompts(model, tokenizer, prompts, args):
     """A text for each prompt, in one batch: greedily, or by beam search where args ask for it."""
-    from lib import run
-    from lib.beam import beam_search
     if args.beams <= 1 and not args.no_repeat_ngram:
-        return run.sample_text(model, tokenizer, prompts, args.max_new_tokens)
-    encoded = [tokenizer.encode_pair(prompt, "")[0] for prompt in prompts]
-    found = beam_search(model, encoded, args.max_new_tokens, args.beams, args.length_penalty, args.no_repeat_ngram, tokenizer.eos)
+        return sample_text(model, tokenizer, prompts, args.max_new_tokens)
+    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    found = beam_search(model, encoded, args.max_new_tokens, args.beams, args.length_penalty,
+                        args.no_repeat_ngram, tokenizer.eos)
     return [tokenizer.decode(ids) for ids in found]
 
 
@@ -83,12 +113,7 @@ def lines(texts):
 
 def evaluate_run(folder, args):
     """Writes predictions.txt, references.txt (the official layout) and scores.json into the folder; returns the row."""
-    import data
-    import peft
-    from lib import run
-    from lib.files import write_atomic
-
-    model, tokenizer, config = run.load_run(folder, args.device, args.dtype)
+    model, tokenizer, config = load_run(folder, args.device, args.dtype)
     source = args.data or config.data
     test = data.load(source).test[:args.limit or None]
     if not any(example.references for example in test):
@@ -121,7 +146,7 @@ def training_row(folder):
     """The row of a run that has ended, from its metrics.json."""
     try:
         metrics = json.loads(Path(folder, "metrics.json").read_text())
-        config = Config(**read_toml(Path(folder, "config.toml")))
+        config = read_run_config(folder)
         row = {name: metrics[name] for name in ("method", "trainable", *TRAINING_COLUMNS)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no finished run there ({error})") from None
@@ -178,31 +203,6 @@ def table(rows, columns, markdown=False):
     return report.table(table_rows, markdown)
 
 
-# -----------------------------------------------------------------------------
-# the command line
-
-
-def parse(args):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", help="folders: runs of train.py, or models in Hugging Face layout")
-    parser.add_argument("--data", default="", help="whose test split; default: the run's own")
-    parser.add_argument("--limit", type=int, default=0, help="only the first N representations")
-    parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--max_new_tokens", type=int, default=120)
-    parser.add_argument("--beams", type=int, default=1, help="1 is greedy (default)")
-    parser.add_argument("--length_penalty", type=float, default=1.0)
-    parser.add_argument("--no_repeat_ngram", type=int, default=0)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--training", action="store_true", help="losses, time, memory and size of the runs instead of scores")
-    parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--predictions", help="a file of texts, one a line")
-    parser.add_argument("--references", help="a file of references, groups separated by an empty line")
-    return parser.parse_args(args)
-
-
 def main(args):
     """Scores runs, or files of predictions, and prints them."""
     if args.predictions or args.references:
@@ -222,5 +222,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    ARGS = parse(sys.argv[1:])
     run_main(main, ARGS)

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model import Cache
+from model import Cache, pad_left
 
-NO_TOKEN = -1           # stands before a short prompt, and behind a hypothesis that is finished
+NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 
 
 class Hypotheses(NamedTuple):
@@ -39,11 +39,8 @@ class Hypotheses(NamedTuple):
 
 def read_prompts(model, prompts, beams, cache):
     """Puts K rows for each prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
-    longest = max(map(len, prompts))
-    padded = [[NO_TOKEN] * (longest - len(prompt)) + prompt for prompt in prompts]
-    tokens = torch.tensor(padded, device=model.head.weight.device)
-    pos = (tokens != NO_TOKEN).cumsum(1) - 1                     # negative for padding
-    logp = next_logp(model, tokens.clamp(min=0), cache, pos)
+    tokens, pos = pad_left(prompts, model.head.weight.device)
+    logp = next_logp(model, tokens, cache, pos)
     rows = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
     cache.select(rows)
     return logp[rows]
