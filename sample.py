@@ -27,37 +27,44 @@ def parse(args):
     return parser.parse_args(args)
 
 
+if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
+    ARGS = parse(sys.argv[1:])
+
+import torch
+
+from data import format_prompt
+from lib.run import load_run
+
+
 def stream(model, tokenizer, prompt, args):
     """Yields the text of the continuation in pieces, as soon as they are certain."""
-    import torch
     generator = torch.Generator(model.head.weight.device).manual_seed(args.seed)
-    ids, told = [], ""
-    for token in model.stream([tokenizer.encode_pair(prompt, "")[0]], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                              tokenizer.eos, generator):
-        if token.item() != tokenizer.eos:
-            ids.append(token.item())
+    prompts = [tokenizer.encode_prompt(prompt)]
+    tokens = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
+                          tokenizer.eos, generator)
+    ids = []
+    shown = ""
+    for token in tokens:                                         # (1,)
+        ids += [i for i in token.tolist() if i != tokenizer.eos]
         text = tokenizer.decode(ids)
-        if text.startswith(told) and not text.endswith("\ufffd"):       # half a character is waited for
-            yield text[len(told):]
-            told = text
-    yield tokenizer.decode(ids)[len(told):]
+        if text.startswith(shown) and not text.endswith("\ufffd"):   # half a character waits for its other half
+            yield text[len(shown):]
+            shown = text
+    yield tokenizer.decode(ids)[len(shown):]
 
 
 def main(args):
-    """Every model continues every prompt."""
-    import data
-    from lib import run
+    """Prints how every model continues every prompt."""
     for folder in args.model:
-        model, tokenizer, config = run.load_run(folder, args.device, args.dtype)
+        model, tokenizer, config = load_run(folder, args.device, args.dtype)
         for prompt in args.prompt or [""]:
             if len(args.model) > 1:
                 print(f"--- {folder}")
             print(prompt, end=" " if prompt else "")
-            for piece in stream(model, tokenizer, data.format_prompt(prompt, config.template), args):
+            for piece in stream(model, tokenizer, format_prompt(prompt, config.template), args):
                 print(piece, end="", flush=True)
             print()
 
 
 if __name__ == "__main__":
-    ARGS = parse(sys.argv[1:])
     run_main(main, ARGS)

@@ -20,8 +20,8 @@ def table(rows, markdown=False):
     markdown: cells between bars, and a line of --- under the first row, which is the header.
     """
     if markdown:
-        rule = ["---"] * len(rows[0])
-        return "\n".join("| " + " | ".join(row) + " |" for row in (rows[0], rule, *rows[1:]))
+        rows = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for row in rows:

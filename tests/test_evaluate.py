@@ -1,101 +1,13 @@
-"""The five scores against independent implementations, the search against exhaustive search, the table."""
+"""Runs and files of predictions as rows of a table, and the texts that runs write."""
 
-import itertools
 import json
-import math
-import random
 
 import pytest
-import torch
 
 import evaluate
-from evaluate import beam_search, bleu, cider, longest_common, nist, rouge_l, score, slot_errors, table, tokenize_13a, tokenize_ptb
-from model import GPT, GPTConfig
-
-
-def corpus():
-    """Our own texts: 40 predictions, one to five references each, with all the punctuation that tokenizers stumble over."""
-    draw = random.Random(7)
-    names, areas = ["The Blue Heron", "Chez Marta", "Otter's Table", "Café Fig"], ["riverside", "city centre", "old town"]
-    plans = ["{n} is a family-friendly pub in the {a}, rated {r} out of 5.", "In the {a} there's {n} (it isn't cheap: £20-25).",
-             "{n}, a pub; prices are \"more than £30\" - near the {a}.", "You can't bring children to {n} in the {a}. It has a {r}-star rating!",
-             "{n} serves fish & chips in the {a} area for less than £20.50, they've a rating of {r}/5."]
-
-    def text():
-        return draw.choice(plans).format(n=draw.choice(names), a=draw.choice(areas), r=draw.randint(1, 5))
-    return [text() for _ in range(40)], [[text() for _ in range(1 + i % 5)] for i in range(40)]
-
-
-# Computed for corpus() by sacrebleu 2.6.0 (tokenize="13a", lowercase), pycocoevalcap 1.2 with Stanford's tokenizer, and nltk 3.10
-# (corpus_nist over the first references alone, where its definition is the E2E script's).
-EXPECTED = {"BLEU": 0.388639, "ROUGE-L": 0.496443, "CIDEr": 1.012503, "NIST1": 2.031036}
-
-
-def test_scores_agree_with_independent_implementations():
-    predictions, references = corpus()
-    assert bleu(predictions, references) == pytest.approx(EXPECTED["BLEU"], abs=5e-6)
-    assert rouge_l(predictions, references) == pytest.approx(EXPECTED["ROUGE-L"], abs=5e-6)
-    assert cider(predictions, references) == pytest.approx(EXPECTED["CIDEr"], abs=5e-6)
-    assert nist(predictions, [group[:1] for group in references]) == pytest.approx(EXPECTED["NIST1"], abs=5e-6)
-
-
-def test_nist_with_several_references():
-    """By its definition, slowly: information over all references, clipped counts over the best, mean reference length."""
-    predictions, references = corpus()
-    words, others = [tokenize_13a(p) for p in predictions], [[tokenize_13a(r) for r in group] for group in references]
-    every = [r for group in others for r in group]
-
-    def occurrences(gram, texts):
-        return sum(t[i:i + len(gram)] == list(gram) for t in texts for i in range(len(t) - len(gram) + 1)) if gram else sum(map(len, texts))
-    total = 0.0
-    for n in range(1, 6):
-        gain = 0.0
-        for w, group in zip(words, others):
-            for gram in {tuple(w[i:i + n]) for i in range(len(w) - n + 1)}:
-                hits = min(occurrences(gram, [w]), max(occurrences(gram, [r]) for r in group))
-                if hits:
-                    gain += hits * math.log2(occurrences(gram[:-1], every) / occurrences(gram, every))
-        total += gain / sum(len(w) - n + 1 for w in words)
-    ratio = sum(map(len, words)) / sum(sum(map(len, group)) / len(group) for group in others)
-    penalty = math.exp(math.log(0.5) / math.log(1.5)**2 * math.log(min(ratio, 1))**2)
-    assert nist(predictions, references) == pytest.approx(penalty * total, rel=1e-9)
-
-
-def test_treebank_tokens():
-    """As Stanford's tokenizer gives them (PTBTokenizer of the captioning metrics)."""
-    assert tokenize_ptb("The Wrestlers' £20-25 pub isn't child-friendly (it's cheap); don't go!") == \
-        "the wrestlers # 20-25 pub is n't child-friendly -lrb- it 's cheap -rrb- do n't go".split()
-    assert tokenize_ptb("Mr. Smith's at 5 p.m. rated 3/5 -- I'll pay 1,000 & 50%... can't, cannot") == \
-        "mr. smith 's at 5 p.m. rated 3/5 i 'll pay 1,000 & 50 % ca n't can not".split()
-
-
-def test_scores_of_the_references_themselves():
-    predictions, references = corpus()
-    same = [group[0] for group in references]
-    assert bleu(same, references) == pytest.approx(1) and rouge_l(same, references) == pytest.approx(1)
-    assert bleu(["x"] * 40, references) < 1e-3 and rouge_l([""] * 40, references) == 0 and cider([""] * 40, references) == 0
-
-
-def test_longest_common():
-    draw = random.Random(0)
-    for _ in range(50):
-        a, b = ([draw.choice("ab c".split() + ["d"]) for _ in range(draw.randint(0, 6))] for _ in range(2))
-        subsequences = {s for n in range(len(a) + 1) for s in itertools.combinations(a, n)} & {s for n in range(len(b) + 1) for s in itertools.combinations(b, n)}
-        assert longest_common(a, b) == max(map(len, subsequences))
-
-
-def test_slot_errors():
-    prompts = ["name[The Fig], eatType[pub], familyFriendly[yes], near[Linden Hotel]", "name[Otter's], area[old town]"]
-    assert slot_errors(["The Fig is a pub.", "Otter's is in the Old Town."], prompts) == pytest.approx(1 / 5)
-    assert slot_errors(["text"], ["no representation"]) is None
-
-
-@pytest.mark.parametrize("predictions, references, words", [
-    (["a"], [["a"], ["b"]], "1 predictions for 2 groups of references"), ([], [], "references of text 0 are missing"),
-    (["a", "b"], [["a"], []], "references of text 1 are missing")])
-def test_texts_that_do_not_belong_together(predictions, references, words):
-    with pytest.raises(ValueError, match=words):
-        score(predictions, references)
+from evaluate import SCORE_COLUMNS, TRAINING_COLUMNS, table, training_row
+from lib.config import Config, write_toml
+from lib.scores import bleu
 
 
 def test_official_files(tmp_path, script, refused):
@@ -109,60 +21,40 @@ def test_official_files(tmp_path, script, refused):
     assert "nothing to evaluate" in refused("evaluate.py")
 
 
+def row(**changes):
+    """A row of the table."""
+    return {"method": "lora", "trainable": 1234, "settings": "a", "BLEU": .5, "NIST": 5.0, "METEOR": None, "ROUGE-L": .5, "CIDEr": 1.0, "SER": .1} | changes
+
+
 def test_table_gathers_seeds():
-    row = {"method": "lora", "trainable": 1234, "settings": "a", "BLEU": .5, "NIST": 5.0, "METEOR": None, "ROUGE-L": .5, "CIDEr": 1.0, "SER": .1}
-    text = table([row, row | {"BLEU": .6}, row | {"settings": "b"}])
+    text = table([row(), row(BLEU=.6), row(settings="b")], SCORE_COLUMNS)
     lines = text.splitlines()
     assert len(lines) == 3 and "55.0 ± 7.1" in lines[1] and "1,234" in lines[1] and " - " in lines[1] and lines[1].endswith("2")
     assert len({len(line) for line in lines}) == 1
-    assert table([row], markdown=True).splitlines()[1].startswith("| --- |")
+    assert table([row()], SCORE_COLUMNS, markdown=True).splitlines()[1].startswith("| --- |")
 
 
-# -----------------------------------------------------------------------------
-# the search
+def test_training_runs_of_two_seeds_are_one_row(tmp_path):
+    for seed in (1, 2):
+        folder = tmp_path / f"lora-{seed}"
+        folder.mkdir()
+        metrics = {"method": "lora", "trainable": 1234, "loss_before": 3.0, "val_loss": 1.0 + seed, "seconds": 60, "peak_bytes": 5e8, "adapter_bytes": 12345}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+        (folder / "config.toml").write_text(write_toml(Config(seed=seed, out_dir=str(folder))))
+    rows = [training_row(tmp_path / f"lora-{seed}") for seed in (1, 2)]
+    assert table(rows, TRAINING_COLUMNS, markdown=True).splitlines() == [
+        "| run | trained | loss before | loss after | seconds | peak, MB | adapter, kB | runs |", "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| lora | 1,234 | 3.000 ± 0.000 | 2.500 ± 0.707 | 60 ± 0 | 500 ± 0 | 12 ± 0 | 2 |"]
+    with pytest.raises(ValueError, match="no finished run there"):
+        training_row(tmp_path)
 
 
-def tiny(seed=0):
-    torch.manual_seed(seed)
-    model = GPT(GPTConfig(vocab_size=5, block_size=24, n_layer=2, n_head=2, n_embd=16)).eval()
-    for p in model.parameters():
-        p.data *= 8                                              # probabilities far from uniform
-    return model
-
-
-def likeliest(model, prompt, steps, penalty, stop):
-    """Every sequence up to `steps` tokens, by brute force."""
-    best = (-math.inf, None)
-    for n in range(1, steps + 1):
-        for ids in itertools.product(range(5), repeat=n):
-            if stop in ids[:-1] or (n < steps and ids[-1] != stop):
-                continue
-            logp = model(torch.tensor([prompt + list(ids)]))[0][0].log_softmax(-1)
-            total = sum(float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate(ids))
-            best = max(best, (total / n**penalty, [t for t in ids if t != stop]))
-    return best[1]
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.8, 1.0])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_wide_beam_finds_what_exhaustive_search_finds(penalty, seed):
-    model, prompts = tiny(seed), [[1, 2, 3], [4]]
-    with torch.no_grad():
-        expected = [likeliest(model, p, 4, penalty, stop=0) for p in prompts]
-    assert beam_search(model, prompts, 4, beams=400, length_penalty=penalty, stop=0) == expected
-
-
-def test_one_beam_is_greedy():
-    model, prompts = tiny(3), [[1, 2, 3], [4], [2, 2]]
-    greedy = [ids[len(p):] for ids, p in zip(model.generate(prompts, 8, temperature=0), prompts)]
-    assert beam_search(model, prompts, 8, beams=1) == greedy
-
-
-def test_no_ngram_comes_twice():
-    model = tiny(4)
-    texts = beam_search(model, [[1], [2, 3]], 16, beams=3, no_repeat_ngram=2)
-    assert all(len(text) == 16 for text in texts)
-    for text in texts:
-        grams = list(zip(text, text[1:]))
-        assert len(grams) == len(set(grams))
-    assert any(len(list(zip(t, t[1:]))) != len(set(zip(t, t[1:]))) for t in beam_search(model, [[1], [2, 3]], 16, beams=3))
+def test_texts_are_in_the_order_of_their_prompts(monkeypatch):
+    """Whatever the batches: each text is the upper case of its own prompt."""
+    class Letters:
+        encode = list
+    monkeypatch.setattr(evaluate, "continue_prompts", lambda model, tokenizer, prompts, args: [f" {prompt.upper()} " for prompt in prompts])
+    prompts, done = ["bbb", "a", "dddd", "cc", "eeeee"], []
+    args = evaluate.parse(["run", "--batch_size", "2"])
+    assert evaluate.write_texts(None, Letters, prompts, args, done.append) == ["BBB", "A", "DDDD", "CC", "EEEEE"]
+    assert done == [2, 4, 5]

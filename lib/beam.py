@@ -1,0 +1,126 @@
+"""
+Beam search: the likeliest continuation of each prompt that K hypotheses at a time can find.
+
+    beam_search(model, [[1, 2, 3], [4]], max_new_tokens=20, beams=10, length_penalty=0.8, stop=0)
+
+B is the number of prompts, K of beams, V of tokens in the vocabulary.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from model import Cache, pad_left
+
+NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
+
+
+class Hypotheses(NamedTuple):
+    """N continuations of each prompt. Those that run are scored by the sum of their log-probabilities."""
+
+    scores: torch.Tensor        # (B, N) float32; -inf where there is no hypothesis
+    tokens: torch.Tensor        # (B, N, length) int64
+
+    def normalized(self, length_penalty):
+        """The scores (B, N) of running hypotheses over length ** length_penalty, to be compared with other lengths'."""
+        return self.scores / self.tokens.size(-1) ** length_penalty
+
+    def where(self, condition):
+        """The same hypotheses; where the condition, bool (B, N), is false, the score becomes -inf."""
+        return Hypotheses(self.scores.masked_fill(~condition, -math.inf), self.tokens)
+
+    def best(self, n):
+        """The n of each prompt with the largest scores, largest first, and where they stood, (B, n)."""
+        scores, order = self.scores.topk(n)
+        return Hypotheses(scores, self.tokens.take_along_dim(order.unsqueeze(-1), 1)), order
+
+
+def read_prompts(model, prompts, beams, cache):
+    """Puts K rows for each prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
+    tokens, pos = pad_left(prompts, model.head.weight.device)
+    logp = next_logp(model, tokens, cache, pos)
+    rows = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
+    cache.select(rows)
+    return logp[rows]
+
+
+def next_logp(model, tokens, cache, pos):
+    """tokens (rows, T) at positions pos (rows, T) -> log-probabilities (rows, V), float32, of what follows the last one."""
+    logits = model.head(model.hidden(tokens, cache, pos)[:, -1])
+    return logits.float().log_softmax(-1)
+
+
+def forbid_repeats(logp, tokens, n):
+    """Sets to -inf, in place, the log-probability (rows, V) of each token that would complete an n-gram which its row of
+    tokens (rows, length) holds already."""
+    length = tokens.size(1)
+    if length < n:
+        return
+    windows = tokens.unfold(1, n, 1)                             # (rows, length - n + 1, n)
+    ending = tokens[:, None, length - n + 1:]                    # (rows, 1, n - 1)
+    same = (windows[:, :, :-1] == ending).all(-1)
+    row, window = same.nonzero(as_tuple=True)
+    repeated = windows[row, window, -1]
+    logp[row, repeated] = -math.inf
+
+
+def grow(running, logp):
+    """The 2 K likeliest continuations of each prompt's K hypotheses by a token, and the row of logp (B * K, V) and of the
+    cache that each continues, (B, 2 K)."""
+    B, K = running.scores.shape
+    scores = (running.scores.view(-1, 1) + logp).view(B, -1)     # (B, K * V)
+    scores, index = scores.topk(2 * K)
+    V = logp.size(1)
+    first_rows = torch.arange(0, B * K, K, device=logp.device)
+    rows = index // V + first_rows.unsqueeze(1)
+    token = index % V
+    tokens = running.tokens.flatten(0, 1)[rows]                  # (B, 2 K, length - 1)
+    tokens = torch.cat((tokens, token.unsqueeze(-1)), -1)        # (B, 2 K, length)
+    return Hypotheses(scores, tokens), rows
+
+
+def add_finished(finished, ended, length_penalty):
+    """The K best of the hypotheses that have finished, with scores over length ** length_penalty, and of the first K of `ended`,
+    which are a token longer and whose scores are sums."""
+    K = finished.scores.size(1)
+    scores = torch.cat((finished.scores, ended.normalized(length_penalty)[:, :K]), 1)
+    growth = ended.tokens.size(-1) - finished.tokens.size(-1)
+    padded = F.pad(finished.tokens, (0, growth), value=NO_TOKEN)
+    tokens = torch.cat((padded, ended.tokens[:, :K]), 1)
+    best, _ = Hypotheses(scores, tokens).best(K)
+    return best
+
+
+@torch.inference_mode()
+def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_repeat_ngram=0, stop=None):
+    """The continuation with the largest sum of log-probabilities / length ** length_penalty that `beams` hypotheses find.
+
+    prompts: lists of ids. Returns lists of the generated ids without the stop token. Where no_repeat_ngram is n, no n-gram of
+    generated tokens comes twice. The search ends after max_new_tokens, at the context's end, or where no running hypothesis
+    has a better score than a finished one.
+    """
+    stop = NO_TOKEN if stop is None else stop
+    cache = Cache(model.config.n_layer, model.config.block_size)
+    logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
+    scores = logp.new_full((len(prompts), beams), -math.inf)
+    no_tokens = logp.new_empty((len(prompts), beams, 0), dtype=torch.long)
+    finished = Hypotheses(scores.clone(), no_tokens)             # its scores are divided by length ** length_penalty
+    scores[:, 0] = 0                                             # the K copies of a prompt are one hypothesis
+    running = Hypotheses(scores, no_tokens)
+    for _ in range(max_new_tokens):
+        if no_repeat_ngram:
+            forbid_repeats(logp, running.tokens.flatten(0, 1), no_repeat_ngram)
+        candidates, rows = grow(running, logp)                   # (B, 2 K): where K of them end, K go on
+        ends = candidates.tokens[:, :, -1] == stop
+        finished = add_finished(finished, candidates.where(ends), length_penalty)
+        running, order = candidates.where(~ends).best(beams)
+        best_running = running.normalized(length_penalty)[:, 0]  # (B,)
+        context_is_full = cache.seen + model.reserved == model.config.block_size
+        if context_is_full or (finished.scores[:, -1] >= best_running).all():
+            break
+        cache.select(rows.gather(1, order).flatten())
+        logp = next_logp(model, running.tokens[:, :, -1].reshape(-1, 1), cache, cache.next)
+    best = add_finished(finished, running, length_penalty).tokens[:, 0]
+    return [[token for token in ids if token not in (stop, NO_TOKEN)] for ids in best.tolist()]

@@ -1,0 +1,242 @@
+"""
+Scores of texts against references, as the E2E challenge's own script computes them, and slot errors; without torch.
+
+    score(["The Fig is a pub."], [["The Fig is a pub.", "A pub, The Fig."]])["BLEU"]
+
+BLEU and NIST count mteval-13a tokens, ROUGE-L, CIDEr and METEOR Penn Treebank tokens. METEOR needs the pycocoevalcap package
+and Java, and is None without. Every score takes predictions, a list of str, and references, a list of lists of str.
+"""
+
+import math
+import re
+import shutil
+import statistics
+from collections import Counter
+
+# -----------------------------------------------------------------------------
+# tokens
+
+
+def tokenize_13a(text):
+    """mteval-v13a's tokens, lower-cased (NIST's evaluation script; the E2E script's Python version of it)."""
+    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")
+    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
+    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
+    text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)
+    return text.lower().split()
+
+
+CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|ll|re|ve|d|m))\b")
+TREEBANK_TOKEN = re.compile(r"""
+    https?://\S+ | n't\b | '(?:s|ll|re|ve|d|m)\b
+    | (?:[^\W\d_]\.){2,}                                                    # abbreviations keep their stop
+    | (?:mr|mrs|ms|dr|st|prof|jr|sr|vs|etc|inc|ltd|co|no)\.(?=\s+\w) | \w+\.(?=,)
+    | [#@]\w+ | \.\.\. | -- | (?<!\w)-\d[\d.,]*\b
+    | \w+(?:(?:[-/._&'] | (?<=\d),(?=\d))\w+)* | \S""", re.VERBOSE)
+TWO_WORDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
+ESCAPED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"}
+PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
+
+
+def tokenize_ptb(text):
+    """Penn Treebank tokens, lower-cased, without punctuation, as the captioning metrics get them from Stanford's tokenizer."""
+    text = text.lower().replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
+    tokens = TREEBANK_TOKEN.findall(CONTRACTION.sub(r" \1", text))
+    words = " ".join(TWO_WORDS.get(token, token) for token in tokens).split()
+    return [ESCAPED.get(word, word) for word in words if word not in PUNCTUATION]
+
+
+def tokenized(predictions, references, tokenize):
+    """Pairs, one a prediction: its words, and a list of the words of each of its references."""
+    others = [list(map(tokenize, texts)) for texts in references]
+    return list(zip(map(tokenize, predictions), others))
+
+
+def ngrams(words, n):
+    """Counter of the n-grams, tuples of n words."""
+    return Counter(zip(*(words[i:] for i in range(n))))
+
+
+def matches(pairs, n):
+    """Counter of the n-grams that tokenized predictions share with their references: for each prediction at most as many as
+    the one reference has that has most of them."""
+    found = Counter()
+    for words, others in pairs:
+        largest_counts = Counter()
+        for other in others:
+            largest_counts |= ngrams(other, n)
+        found.update(ngrams(words, n) & largest_counts)
+    return found
+
+
+def number_of_ngrams(pairs, n):
+    """How many n-grams tokenized predictions have. A text of k < n words adds k - n + 1 < 1, as in the E2E script."""
+    return sum(len(words) - n + 1 for words, _ in pairs)
+
+
+# -----------------------------------------------------------------------------
+# scores
+
+
+def closest_length(words, references):
+    """Length of the reference that is nearest in length, the shorter one where two are equally near."""
+    _, length = min((abs(len(reference) - len(words)), len(reference)) for reference in references)
+    return length
+
+
+def bleu(predictions, references, max_n=4):
+    """Corpus BLEU (Papineni et al. 2002) with the length of the closest reference, in [0, 1]."""
+    pairs = tokenized(predictions, references, tokenize_13a)
+    log_precisions = []
+    for n in range(1, max_n + 1):
+        precision = max(matches(pairs, n).total(), 1e-15) / max(number_of_ngrams(pairs, n), 1e-9)
+        log_precisions.append(math.log(precision))
+    length = number_of_ngrams(pairs, 1)
+    reference_length = sum(closest_length(words, others) for words, others in pairs)
+    brevity = 1.0
+    if length <= reference_length:
+        brevity = math.exp(1 - reference_length / (length or 1e-5))
+    return brevity * math.exp(sum(log_precisions) / max_n)
+
+
+def nist(predictions, references, max_n=5):
+    """NIST (Doddington 2002): every n-gram that is found counts by its information, log2 of how often its first n - 1 words
+    come in the references over how often all n do."""
+    pairs = tokenized(predictions, references, tokenize_13a)
+    counts = Counter()                                           # of all references; counts[()]: of their words
+    mean_length = 0.0
+    for _, others in pairs:
+        mean_length += sum(map(len, others)) / len(others)
+        for words in others:
+            counts[()] += len(words)
+            for n in range(1, max_n + 1):
+                counts.update(ngrams(words, n))
+
+    def information(gram):
+        return math.log2(counts[gram[:-1]] / counts[gram])
+
+    terms = []
+    for n in range(1, max_n + 1):
+        total = number_of_ngrams(pairs, n)
+        if total:
+            terms.append(sum(count * information(gram) for gram, count in matches(pairs, n).items()) / total)
+    ratio = min(number_of_ngrams(pairs, 1) / mean_length, 1)
+    beta = math.log(0.5) / math.log(1.5) ** 2                    # texts of two thirds of the length get half the score
+    penalty = math.exp(beta * math.log(ratio) ** 2) if ratio > 0 else 0.0
+    return penalty * sum(terms)
+
+
+def longest_common(a, b):
+    """Length of the longest common subsequence of two lists."""
+    above = [0] * (len(b) + 1)                                   # above[j]: of what came of a before, and b[:j]
+    for x in a:
+        row = [0]
+        for j, y in enumerate(b):
+            row.append(above[j] + 1 if x == y else max(row[j], above[j + 1]))
+        above = row
+    return above[-1]
+
+
+def rouge_l(predictions, references, beta=1.2):
+    """ROUGE-L (Lin 2004), the mean over texts: F of the best precision and the best recall over the references."""
+    def tokenize(text):
+        return tokenize_ptb(text) or [""]                        # the captioning script splits no words into one empty word
+
+    scores = []
+    for words, others in tokenized(predictions, references, tokenize):
+        common = [longest_common(other, words) for other in others]
+        precision = max(common) / len(words)
+        recall = max(length / len(other) for length, other in zip(common, others))
+        weighted = recall + beta**2 * precision
+        scores.append((1 + beta**2) * precision * recall / weighted if weighted else 0.0)
+    return statistics.fmean(scores)
+
+
+def norm(vector):
+    """Euclidean length of {n-gram: weight}."""
+    return math.sqrt(sum(weight * weight for weight in vector.values()))
+
+
+def clipped_cosine(vector, reference):
+    """Cosine of two {n-gram: weight}, the first clipped to the second (CIDEr-D); 0 where they share nothing."""
+    shared = [(vector[gram], reference[gram]) for gram in vector if gram in reference]
+    dot = sum(min(a, b) * b for a, b in shared)
+    return dot / (norm(vector) * norm(reference)) if dot else 0.0
+
+
+def cider(predictions, references, max_n=4, sigma=6.0):
+    """CIDEr-D (Vedantam et al. 2015) as the captioning script has it: times ten, the length penalty over bigrams."""
+    pairs = tokenized(predictions, references, tokenize_ptb)
+    orders = range(1, max_n + 1)
+    documents = Counter()                                        # how many groups of references hold an n-gram
+    for _, others in pairs:
+        documents.update({gram for words in others for n in orders for gram in ngrams(words, n)})
+    rarest = math.log(len(pairs))                                # the weight of an n-gram that no reference holds
+    idf = {gram: rarest - math.log(count) for gram, count in documents.items()}
+
+    def tf_idf(words):
+        """For every n, {n-gram: its count times its weight}."""
+        return [{gram: count * idf.get(gram, rarest) for gram, count in ngrams(words, n).items()} for n in orders]
+
+    scores = []
+    for words, others in pairs:
+        vectors = tf_idf(words)
+        score = 0.0
+        for other in others:
+            difference = max(len(words), 1) - max(len(other), 1)             # in bigrams; no words have 0 of them, not -1
+            penalty = math.exp(-(difference**2) / (2 * sigma**2))
+            for vector, reference in zip(vectors, tf_idf(other)):
+                score += penalty * clipped_cosine(vector, reference)
+        scores.append(10 * score / max_n / len(others))
+    return statistics.fmean(scores)
+
+
+def meteor(predictions, references):
+    """METEOR (Denkowski and Lavie 2014) through the optional pycocoevalcap package and Java; None without them."""
+    try:
+        from pycocoevalcap.meteor.meteor import Meteor
+    except ImportError:
+        return None
+    if not shutil.which("java"):
+        return None
+
+    def tokenize(text):
+        return " ".join(tokenize_ptb(text))
+
+    pairs = tokenized(predictions, references, tokenize)
+    hypotheses = {i: [text] for i, (text, _) in enumerate(pairs)}
+    groups = {i: texts for i, (_, texts) in enumerate(pairs)}
+    score, _ = Meteor().compute_score(groups, hypotheses)
+    return score
+
+
+SLOTS = ("name", "eatType", "food", "area", "near")          # those whose value a faithful text repeats word for word
+
+
+def slot_errors(predictions, prompts):
+    """Share of the SLOTS of the representations whose value the text lacks; None where there is no representation."""
+    missed = []
+    for text, prompt in zip(predictions, prompts):
+        for slot, value in re.findall(r"([\w ]+)\[([^\]]*)\]", prompt):
+            if slot.strip() in SLOTS:
+                missed.append(value.lower() not in text.lower())
+    return sum(missed) / len(missed) if missed else None
+
+
+SCORES = {"BLEU": bleu, "NIST": nist, "METEOR": meteor, "ROUGE-L": rouge_l, "CIDEr": cider}
+
+
+def score(predictions, references, prompts=()):
+    """All scores by name; BLEU, METEOR, ROUGE-L and slot errors (SER) are in [0, 1].
+
+    prompts: the representations, for the slot errors. ValueError where the numbers of texts differ or references are missing.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} groups of references; there must be one for each")
+    for i, texts in enumerate(references or [[]]):               # no group at all is a first one that is missing
+        if not texts:
+            raise ValueError(f"the references of text {i} are missing; there is nothing to score against")
+    scores = {name: function(predictions, references) for name, function in SCORES.items()}
+    return scores | {"SER": slot_errors(predictions, prompts)}

@@ -1,0 +1,94 @@
+"""The five scores against independent implementations and slow definitions."""
+
+import itertools
+import math
+import random
+
+import pytest
+
+from lib.scores import bleu, cider, longest_common, nist, rouge_l, score, slot_errors, tokenize_13a, tokenize_ptb
+
+
+def corpus():
+    """Our own texts: 40 predictions, one to five references each, with all the punctuation that tokenizers stumble over."""
+    draw = random.Random(7)
+    names, areas = ["The Blue Heron", "Chez Marta", "Otter's Table", "Café Fig"], ["riverside", "city centre", "old town"]
+    plans = ["{n} is a family-friendly pub in the {a}, rated {r} out of 5.", "In the {a} there's {n} (it isn't cheap: £20-25).",
+             "{n}, a pub; prices are \"more than £30\" - near the {a}.", "You can't bring children to {n} in the {a}. It has a {r}-star rating!",
+             "{n} serves fish & chips in the {a} area for less than £20.50, they've a rating of {r}/5."]
+
+    def text():
+        return draw.choice(plans).format(n=draw.choice(names), a=draw.choice(areas), r=draw.randint(1, 5))
+    return [text() for _ in range(40)], [[text() for _ in range(1 + i % 5)] for i in range(40)]
+
+
+# Computed for corpus() by sacrebleu 2.6.0 (tokenize="13a", lowercase), pycocoevalcap 1.2 with Stanford's tokenizer, and nltk 3.10
+# (corpus_nist over the first references alone, where its definition is the E2E script's).
+EXPECTED = {"BLEU": 0.388639, "ROUGE-L": 0.496443, "CIDEr": 1.012503, "NIST1": 2.031036}
+
+
+def test_scores_agree_with_independent_implementations():
+    predictions, references = corpus()
+    assert bleu(predictions, references) == pytest.approx(EXPECTED["BLEU"], abs=5e-6)
+    assert rouge_l(predictions, references) == pytest.approx(EXPECTED["ROUGE-L"], abs=5e-6)
+    assert cider(predictions, references) == pytest.approx(EXPECTED["CIDEr"], abs=5e-6)
+    assert nist(predictions, [group[:1] for group in references]) == pytest.approx(EXPECTED["NIST1"], abs=5e-6)
+
+
+def test_nist_with_several_references():
+    """By its definition, slowly: information over all references, clipped counts over the best, mean reference length."""
+    predictions, references = corpus()
+    words, others = [tokenize_13a(p) for p in predictions], [[tokenize_13a(r) for r in group] for group in references]
+    every = [r for group in others for r in group]
+
+    def occurrences(gram, texts):
+        return sum(t[i:i + len(gram)] == list(gram) for t in texts for i in range(len(t) - len(gram) + 1)) if gram else sum(map(len, texts))
+    total = 0.0
+    for n in range(1, 6):
+        gain = 0.0
+        for w, group in zip(words, others):
+            for gram in {tuple(w[i:i + n]) for i in range(len(w) - n + 1)}:
+                hits = min(occurrences(gram, [w]), max(occurrences(gram, [r]) for r in group))
+                if hits:
+                    gain += hits * math.log2(occurrences(gram[:-1], every) / occurrences(gram, every))
+        total += gain / sum(len(w) - n + 1 for w in words)
+    ratio = sum(map(len, words)) / sum(sum(map(len, group)) / len(group) for group in others)
+    penalty = math.exp(math.log(0.5) / math.log(1.5)**2 * math.log(min(ratio, 1))**2)
+    assert nist(predictions, references) == pytest.approx(penalty * total, rel=1e-9)
+
+
+def test_treebank_tokens():
+    """As Stanford's tokenizer gives them (PTBTokenizer of the captioning metrics)."""
+    assert tokenize_ptb("The Wrestlers' £20-25 pub isn't child-friendly (it's cheap); don't go!") == \
+        "the wrestlers # 20-25 pub is n't child-friendly -lrb- it 's cheap -rrb- do n't go".split()
+    assert tokenize_ptb("Mr. Smith's at 5 p.m. rated 3/5 -- I'll pay 1,000 & 50%... can't, cannot") == \
+        "mr. smith 's at 5 p.m. rated 3/5 i 'll pay 1,000 & 50 % ca n't can not".split()
+
+
+def test_scores_of_the_references_themselves():
+    predictions, references = corpus()
+    same = [group[0] for group in references]
+    assert bleu(same, references) == pytest.approx(1) and rouge_l(same, references) == pytest.approx(1)
+    assert bleu(["x"] * 40, references) < 1e-3 and rouge_l([""] * 40, references) == 0 and cider([""] * 40, references) == 0
+
+
+def test_longest_common():
+    draw = random.Random(0)
+    for _ in range(50):
+        a, b = ([draw.choice("ab c".split() + ["d"]) for _ in range(draw.randint(0, 6))] for _ in range(2))
+        subsequences = {s for n in range(len(a) + 1) for s in itertools.combinations(a, n)} & {s for n in range(len(b) + 1) for s in itertools.combinations(b, n)}
+        assert longest_common(a, b) == max(map(len, subsequences))
+
+
+def test_slot_errors():
+    prompts = ["name[The Fig], eatType[pub], familyFriendly[yes], near[Linden Hotel]", "name[Otter's], area[old town]"]
+    assert slot_errors(["The Fig is a pub.", "Otter's is in the Old Town."], prompts) == pytest.approx(1 / 5)
+    assert slot_errors(["text"], ["no representation"]) is None
+
+
+@pytest.mark.parametrize("predictions, references, words", [
+    (["a"], [["a"], ["b"]], "1 predictions for 2 groups of references"), ([], [], "references of text 0 are missing"),
+    (["a", "b"], [["a"], []], "references of text 1 are missing")])
+def test_texts_that_do_not_belong_together(predictions, references, words):
+    with pytest.raises(ValueError, match=words):
+        score(predictions, references)
