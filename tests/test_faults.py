@@ -383,7 +383,7 @@ def test_38_a_second_interrupt_ends_at_once():
     process.communicate()
 
 
-@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be above 0"),
+@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be a number above 0"),
                                           ("--rank 0", "rank is 0; it must be at least 1"), ("--method nothing", "unknown method 'nothing'")])
 def test_39_nothing_to_train(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())
