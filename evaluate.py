@@ -1,15 +1,15 @@
 """
-Writes about the test split and scores it as the lecture's table does: BLEU, NIST, METEOR, ROUGE-L, CIDEr, slot errors.
+Writes texts about the test split and scores them as the lecture's table does.
 
     python evaluate.py out/lora out/full                     # one row a run
     python evaluate.py out/lora-*                            # seeds of one method become mean and deviation
-    python evaluate.py out/lora --beams 10 --length_penalty 0.8 --no_repeat_ngram 4      # the LoRA paper's search
+    python evaluate.py out/lora --beams 10 --length_penalty 0.8 --no_repeat_ngram 4   # the LoRA paper's
     python evaluate.py --training out/lora-*                 # what training came to, without writing any text
     python evaluate.py --predictions FILE --references FILE  # texts from elsewhere, in the official layout
 
-The scores are those of the E2E challenge's own script: BLEU and NIST over mteval-13a tokens, ROUGE-L and CIDEr over Penn
-Treebank tokens. METEOR needs the pycocoevalcap package and Java, and is a dash without. Slot errors: the share of names,
-types, foods, areas and neighbours of the representations that the text does not contain.
+The scores are those of the E2E challenge's own script: BLEU, NIST, METEOR, ROUGE-L and CIDEr. METEOR needs
+the pycocoevalcap package and Java, and is a dash without. SER, slot errors, is the share of the names, types,
+foods, areas and neighbours in the representations that the text does not contain.
 """
 
 import argparse
@@ -26,7 +26,8 @@ from lib.config import read_run_config, run_main
 
 def parse(args):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders: runs of train.py, or models in Hugging Face layout")
     parser.add_argument("--data", default="", help="whose test split; default: the run's own")
     parser.add_argument("--limit", type=int, default=0, help="only the first N representations")
@@ -37,7 +38,8 @@ def parse(args):
     parser.add_argument("--no_repeat_ngram", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--training", action="store_true", help="losses, time, memory and size of the runs instead of scores")
+    parser.add_argument("--training", action="store_true",
+                        help="losses, time, memory and size of the runs instead of scores")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--predictions", help="a file of texts, one a line")
@@ -57,14 +59,23 @@ from lib.run import load_run, sample_text
 from lib.scores import score
 
 # -----------------------------------------------------------------------------
-# columns of the table: a number's name in a row -> its title, the factor it is printed with, the digits after the point
+# columns of the table: the key of a row -> its title, the factor of the number, the digits after the point
 
-SCORE_COLUMNS = {                                                # as in the lecture
-    "BLEU": ("BLEU", 100, 1), "NIST": ("NIST", 1, 2), "METEOR": ("METEOR", 100, 1), "ROUGE-L": ("ROUGE-L", 100, 1),
-    "CIDEr": ("CIDEr", 1, 2), "SER": ("SER", 100, 1)}
+SCORE_COLUMNS = {
+    "BLEU": ("BLEU", 100, 1),
+    "NIST": ("NIST", 1, 2),
+    "METEOR": ("METEOR", 100, 1),
+    "ROUGE-L": ("ROUGE-L", 100, 1),
+    "CIDEr": ("CIDEr", 1, 2),
+    "SER": ("SER", 100, 1),
+}
 TRAINING_COLUMNS = {
-    "loss_before": ("loss before", 1, 3), "val_loss": ("loss after", 1, 3), "seconds": ("seconds", 1, 0),
-    "peak_bytes": ("peak, MB", 1e-6, 0), "adapter_bytes": ("adapter, kB", 1e-3, 0)}
+    "loss_before": ("loss before", 1, 3),
+    "val_loss": ("loss after", 1, 3),
+    "seconds": ("seconds", 1, 0),
+    "peak_bytes": ("peak, MB", 1e-6, 0),
+    "adapter_bytes": ("adapter, kB", 1e-3, 0),
+}
 
 # -----------------------------------------------------------------------------
 # writing
@@ -100,19 +111,22 @@ def write_texts(model, tokenizer, prompts, args, progress):
 
 
 def settings_but_seed(config):
-    """What two runs must have in common to be seeds of one method, as text."""
+    """All that two runs must have in common to be seeds of one method, as JSON."""
     differing = ("seed", "out_dir", "resume", "device", "fsdp")
     settings = {name: value for name, value in vars(config).items() if name not in differing}
     return json.dumps(settings, sort_keys=True)
 
 
 def lines(texts):
-    """A line for each text."""
+    """The texts, a line each."""
     return "".join(" ".join(text.split()) + "\n" for text in texts)
 
 
 def evaluate_run(folder, args):
-    """Writes predictions.txt, references.txt (the official layout) and scores.json into the folder; returns the row."""
+    """Writes predictions.txt and references.txt (the official layout) and scores.json into the folder.
+
+    Returns the row. ValueError where the data has no references.
+    """
     model, tokenizer, config = load_run(folder, args.device, args.dtype)
     source = args.data or config.data
     test = data.load(source).test[:args.limit or None]
@@ -162,7 +176,7 @@ def read_text(path):
 
 
 def files_row(predictions, references):
-    """The row of a file of one text a line, and one of groups of references with an empty line between them."""
+    """The row of two files: a text a line, and groups of references with an empty line between them."""
     texts = read_text(predictions).rstrip("\n").split("\n")
     groups = re.split(r"\n\s*\n", read_text(references).strip("\n"))
     scores = score(texts, [group.split("\n") for group in groups])
@@ -174,7 +188,7 @@ def files_row(predictions, references):
 
 
 def mean_and_deviation(values, factor, digits):
-    """Of the values that are not None, times the factor: "61.0 ± 0.4", "61.0" of a single one, "-" of none."""
+    """Of the values that are not None, times the factor: "61.0 ± 0.4"; "61.0" of one value, "-" of none."""
     numbers = [value * factor for value in values if value is not None]
     if not numbers:
         return "-"
@@ -195,7 +209,7 @@ def table(rows, columns, markdown=False):
         first = group[0]
         name = first["method"]
         if "run" in first:
-            name = re.sub(r"-\d+$", "", Path(first["run"]).name)              # out/lora-1 and out/lora-2 are lora
+            name = re.sub(r"-\d+$", "", Path(first["run"]).name)     # out/lora-1 and out/lora-2 are "lora"
         cells = [name, f"{first['trainable']:,}"]
         for key, (_, factor, digits) in columns.items():
             cells.append(mean_and_deviation([row[key] for row in group], factor, digits))

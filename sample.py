@@ -1,9 +1,9 @@
 """
 A prompt in, text out.
 
-    python sample.py out/qlora --prompt "name[The Plough], eatType[pub], food[French]"     # a run of train.py
-    python sample.py out/qlora out/lora --prompt "..."                                     # the same from each
-    python sample.py DIR --prompt "Once upon a time" --temperature 0.8 --top_k 50          # a base or merged model
+    python sample.py out/qlora --prompt "name[The Plough], eatType[pub], food[French]"  # a run of train.py
+    python sample.py out/qlora out/lora --prompt "..."                                  # the same from each
+    python sample.py DIR --prompt "Once upon a time" --temperature 0.8 --top_k 50       # a base, or merged
 """
 
 import argparse
@@ -14,9 +14,12 @@ from lib.config import run_main
 
 def parse(args):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="+", help="folders: runs of train.py, or models in Hugging Face layout")
-    parser.add_argument("--prompt", action="append", help="may be given several times; none: only the beginning-of-sequence token")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="+",
+                        help="folders: runs of train.py, or models in Hugging Face layout")
+    parser.add_argument("--prompt", action="append",
+                        help="may be given several times; none: only the beginning-of-sequence token")
     parser.add_argument("--max_new_tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--top_k", type=int)
@@ -47,7 +50,7 @@ def stream(model, tokenizer, prompt, args):
     for token in tokens:                                         # (1,)
         ids += [i for i in token.tolist() if i != tokenizer.eos]
         text = tokenizer.decode(ids)
-        if text.startswith(shown) and not text.endswith("\ufffd"):   # half a character waits for its other half
+        if text.startswith(shown) and not text.endswith("\ufffd"):    # half a character waits for the rest
             yield text[len(shown):]
             shown = text
     yield tokenizer.decode(ids)[len(shown):]

@@ -18,13 +18,13 @@ NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length 
 
 
 class Hypotheses(NamedTuple):
-    """N continuations of each prompt. Those that run are scored by the sum of their log-probabilities."""
+    """N continuations of each prompt. The score of one that runs is the sum of its log-probabilities."""
 
     scores: torch.Tensor        # (B, N) float32; -inf where there is no hypothesis
     tokens: torch.Tensor        # (B, N, length) int64
 
     def normalized(self, length_penalty):
-        """The scores (B, N) of running hypotheses over length ** length_penalty, to be compared with other lengths'."""
+        """Scores (B, N) of running hypotheses / length ** length_penalty, the scores of finished ones."""
         return self.scores / self.tokens.size(-1) ** length_penalty
 
     def where(self, condition):
@@ -38,7 +38,7 @@ class Hypotheses(NamedTuple):
 
 
 def read_prompts(model, prompts, beams, cache):
-    """Puts K rows for each prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
+    """Puts K rows a prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
     tokens, pos = pad_left(prompts, model.head.weight.device)
     logp = next_logp(model, tokens, cache, pos)
     rows = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
@@ -47,14 +47,16 @@ def read_prompts(model, prompts, beams, cache):
 
 
 def next_logp(model, tokens, cache, pos):
-    """tokens (rows, T) at positions pos (rows, T) -> log-probabilities (rows, V), float32, of what follows the last one."""
+    """tokens and positions, (rows, T) -> log-probabilities of the token after the last, (rows, V) float32."""
     logits = model.head(model.hidden(tokens, cache, pos)[:, -1])
     return logits.float().log_softmax(-1)
 
 
 def forbid_repeats(logp, tokens, n):
-    """Sets to -inf, in place, the log-probability (rows, V) of each token that would complete an n-gram which its row of
-    tokens (rows, length) holds already."""
+    """Forbids, in place, each token that would complete an n-gram which its row of tokens holds already.
+
+    logp: (rows, V), becomes -inf; tokens: (rows, length).
+    """
     length = tokens.size(1)
     if length < n:
         return
@@ -67,8 +69,10 @@ def forbid_repeats(logp, tokens, n):
 
 
 def grow(running, logp):
-    """The 2 K likeliest continuations of each prompt's K hypotheses by a token, and the row of logp (B * K, V) and of the
-    cache that each continues, (B, 2 K)."""
+    """Continues each prompt's K hypotheses by a token. logp: (B * K, V).
+
+    Returns the 2 K likeliest results, and the rows (B, 2 K) of logp and of the cache that they continue.
+    """
     B, K = running.scores.shape
     scores = (running.scores.view(-1, 1) + logp).view(B, -1)     # (B, K * V)
     scores, index = scores.topk(2 * K)
@@ -82,8 +86,7 @@ def grow(running, logp):
 
 
 def add_finished(finished, ended, length_penalty):
-    """The K best of the hypotheses that have finished, with scores over length ** length_penalty, and of the first K of `ended`,
-    which are a token longer and whose scores are sums."""
+    """The K best of the finished hypotheses and of the first K of `ended`, whose scores are sums as yet."""
     K = finished.scores.size(1)
     scores = torch.cat((finished.scores, ended.normalized(length_penalty)[:, :K]), 1)
     growth = ended.tokens.size(-1) - finished.tokens.size(-1)
@@ -95,18 +98,18 @@ def add_finished(finished, ended, length_penalty):
 
 @torch.inference_mode()
 def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_repeat_ngram=0, stop=None):
-    """The continuation with the largest sum of log-probabilities / length ** length_penalty that `beams` hypotheses find.
+    """The continuation of each prompt with the largest sum of log-probabilities / length ** length_penalty.
 
-    prompts: lists of ids. Returns lists of the generated ids without the stop token. Where no_repeat_ngram is n, no n-gram of
-    generated tokens comes twice. The search ends after max_new_tokens, at the context's end, or where no running hypothesis
-    has a better score than a finished one.
+    prompts: lists of ids. Returns lists of the generated ids without the stop token. Where no_repeat_ngram is
+    n, no n-gram of generated tokens comes twice. The search keeps `beams` hypotheses a prompt. It ends after
+    max_new_tokens, at the context's end, or where every finished hypothesis is as good as the running ones.
     """
     stop = NO_TOKEN if stop is None else stop
     cache = Cache(model.config.n_layer, model.config.block_size)
     logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
     scores = logp.new_full((len(prompts), beams), -math.inf)
     no_tokens = logp.new_empty((len(prompts), beams, 0), dtype=torch.long)
-    finished = Hypotheses(scores.clone(), no_tokens)             # its scores are divided by length ** length_penalty
+    finished = Hypotheses(scores.clone(), no_tokens)
     scores[:, 0] = 0                                             # the K copies of a prompt are one hypothesis
     running = Hypotheses(scores, no_tokens)
     for _ in range(max_new_tokens):

@@ -1,10 +1,10 @@
 """
-Scores of texts against references, as the E2E challenge's own script computes them, and slot errors; without torch.
+Scores of texts against references, as the E2E challenge's own script computes them, and slot errors.
 
     score(["The Fig is a pub."], [["The Fig is a pub.", "A pub, The Fig."]])["BLEU"]
 
-BLEU and NIST count mteval-13a tokens, ROUGE-L, CIDEr and METEOR Penn Treebank tokens. METEOR needs the pycocoevalcap package
-and Java, and is None without. Every score takes predictions, a list of str, and references, a list of lists of str.
+Every score takes predictions, a list of str, and references, a list of lists of str. BLEU and NIST count
+mteval-13a tokens; ROUGE-L, CIDEr and METEOR count Penn Treebank tokens.
 """
 
 import math
@@ -36,12 +36,13 @@ TREEBANK_TOKEN = re.compile(r"""
     | [#@]\w+ | \.\.\. | -- | (?<!\w)-\d[\d.,]*\b
     | \w+(?:(?:[-/._&'] | (?<=\d),(?=\d))\w+)* | \S""", re.VERBOSE)
 TWO_WORDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
-ESCAPED = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"}
+ESCAPED = {
+    "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"}
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 
 
 def tokenize_ptb(text):
-    """Penn Treebank tokens, lower-cased, without punctuation, as the captioning metrics get them from Stanford's tokenizer."""
+    """Penn Treebank tokens, lower-cased, without punctuation (the captioning metrics' Stanford tokenizer)."""
     text = text.lower().replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
     tokens = TREEBANK_TOKEN.findall(CONTRACTION.sub(r" \1", text))
     words = " ".join(TWO_WORDS.get(token, token) for token in tokens).split()
@@ -60,8 +61,10 @@ def ngrams(words, n):
 
 
 def matches(pairs, n):
-    """Counter of the n-grams that tokenized predictions share with their references: for each prediction at most as many as
-    the one reference has that has most of them."""
+    """Counter of the n-grams that tokenized predictions share with their references.
+
+    An n-gram counts at most as often as it comes in the reference that has most of it.
+    """
     found = Counter()
     for words, others in pairs:
         largest_counts = Counter()
@@ -72,7 +75,7 @@ def matches(pairs, n):
 
 
 def number_of_ngrams(pairs, n):
-    """How many n-grams tokenized predictions have. A text of k < n words adds k - n + 1 < 1, as in the E2E script."""
+    """Number of n-grams in tokenized predictions; k < n words add k - n + 1 < 1, as in the E2E script."""
     return sum(len(words) - n + 1 for words, _ in pairs)
 
 
@@ -102,10 +105,12 @@ def bleu(predictions, references, max_n=4):
 
 
 def nist(predictions, references, max_n=5):
-    """NIST (Doddington 2002): every n-gram that is found counts by its information, log2 of how often its first n - 1 words
-    come in the references over how often all n do."""
+    """NIST (Doddington 2002): each matching n-gram counts by its information.
+
+    Information is log2 of how often the first n - 1 words come in the references over how often all n do.
+    """
     pairs = tokenized(predictions, references, tokenize_13a)
-    counts = Counter()                                           # of all references; counts[()]: of their words
+    counts = Counter()                       # of the n-grams of all references; counts[()] is that of words
     mean_length = 0.0
     for _, others in pairs:
         mean_length += sum(map(len, others)) / len(others)
@@ -123,26 +128,27 @@ def nist(predictions, references, max_n=5):
         if total:
             terms.append(sum(count * information(gram) for gram, count in matches(pairs, n).items()) / total)
     ratio = min(number_of_ngrams(pairs, 1) / mean_length, 1)
-    beta = math.log(0.5) / math.log(1.5) ** 2                    # texts of two thirds of the length get half the score
+    beta = math.log(0.5) / math.log(1.5) ** 2                    # a ratio of 2 / 3 halves the score
     penalty = math.exp(beta * math.log(ratio) ** 2) if ratio > 0 else 0.0
     return penalty * sum(terms)
 
 
 def longest_common(a, b):
     """Length of the longest common subsequence of two lists."""
-    above = [0] * (len(b) + 1)                                   # above[j]: of what came of a before, and b[:j]
+    above = [0] * (len(b) + 1)                                   # above[j] is that of a before x, and b[:j]
     for x in a:
         row = [0]
         for j, y in enumerate(b):
-            row.append(above[j] + 1 if x == y else max(row[j], above[j + 1]))
+            longer = max(row[j], above[j + 1])
+            row.append(above[j] + 1 if x == y else longer)
         above = row
     return above[-1]
 
 
 def rouge_l(predictions, references, beta=1.2):
-    """ROUGE-L (Lin 2004), the mean over texts: F of the best precision and the best recall over the references."""
+    """ROUGE-L (Lin 2004), mean over texts: F of the best precision and best recall over the references."""
     def tokenize(text):
-        return tokenize_ptb(text) or [""]                        # the captioning script splits no words into one empty word
+        return tokenize_ptb(text) or [""]                        # no words are one empty word there
 
     scores = []
     for words, others in tokenized(predictions, references, tokenize):
@@ -160,32 +166,33 @@ def norm(vector):
 
 
 def clipped_cosine(vector, reference):
-    """Cosine of two {n-gram: weight}, the first clipped to the second (CIDEr-D); 0 where they share nothing."""
+    """CIDEr-D's cosine of two {n-gram: weight}, the first clipped to the second; 0 where none is shared."""
     shared = [(vector[gram], reference[gram]) for gram in vector if gram in reference]
     dot = sum(min(a, b) * b for a, b in shared)
     return dot / (norm(vector) * norm(reference)) if dot else 0.0
 
 
 def cider(predictions, references, max_n=4, sigma=6.0):
-    """CIDEr-D (Vedantam et al. 2015) as the captioning script has it: times ten, the length penalty over bigrams."""
+    """CIDEr-D (Vedantam et al. 2015), times ten as in the captioning script; lengths are in bigrams."""
     pairs = tokenized(predictions, references, tokenize_ptb)
     orders = range(1, max_n + 1)
-    documents = Counter()                                        # how many groups of references hold an n-gram
+    documents = Counter()                                        # groups of references that hold an n-gram
     for _, others in pairs:
         documents.update({gram for words in others for n in orders for gram in ngrams(words, n)})
-    rarest = math.log(len(pairs))                                # the weight of an n-gram that no reference holds
+    rarest = math.log(len(pairs))                                # for an n-gram that no reference holds
     idf = {gram: rarest - math.log(count) for gram, count in documents.items()}
 
     def tf_idf(words):
-        """For every n, {n-gram: its count times its weight}."""
-        return [{gram: count * idf.get(gram, rarest) for gram, count in ngrams(words, n).items()} for n in orders]
+        """For every n, {n-gram: its count times its idf}."""
+        counts = [ngrams(words, n) for n in orders]
+        return [{gram: count * idf.get(gram, rarest) for gram, count in grams.items()} for grams in counts]
 
     scores = []
     for words, others in pairs:
         vectors = tf_idf(words)
         score = 0.0
         for other in others:
-            difference = max(len(words), 1) - max(len(other), 1)             # in bigrams; no words have 0 of them, not -1
+            difference = max(len(words), 1) - max(len(other), 1)   # in bigrams: no words have none, not -1
             penalty = math.exp(-(difference**2) / (2 * sigma**2))
             for vector, reference in zip(vectors, tf_idf(other)):
                 score += penalty * clipped_cosine(vector, reference)
@@ -194,7 +201,7 @@ def cider(predictions, references, max_n=4, sigma=6.0):
 
 
 def meteor(predictions, references):
-    """METEOR (Denkowski and Lavie 2014) through the optional pycocoevalcap package and Java; None without them."""
+    """METEOR (Denkowski and Lavie 2014) by the optional pycocoevalcap package and Java; None without them."""
     try:
         from pycocoevalcap.meteor.meteor import Meteor
     except ImportError:
@@ -212,11 +219,11 @@ def meteor(predictions, references):
     return score
 
 
-SLOTS = ("name", "eatType", "food", "area", "near")          # those whose value a faithful text repeats word for word
+SLOTS = ("name", "eatType", "food", "area", "near")      # a faithful text repeats their values word for word
 
 
 def slot_errors(predictions, prompts):
-    """Share of the SLOTS of the representations whose value the text lacks; None where there is no representation."""
+    """Share of the SLOTS of the representations whose value the text lacks; None without representations."""
     missed = []
     for text, prompt in zip(predictions, prompts):
         for slot, value in re.findall(r"([\w ]+)\[([^\]]*)\]", prompt):
@@ -231,11 +238,13 @@ SCORES = {"BLEU": bleu, "NIST": nist, "METEOR": meteor, "ROUGE-L": rouge_l, "CID
 def score(predictions, references, prompts=()):
     """All scores by name; BLEU, METEOR, ROUGE-L and slot errors (SER) are in [0, 1].
 
-    prompts: the representations, for the slot errors. ValueError where the numbers of texts differ or references are missing.
+    prompts: the representations, for the slot errors. ValueError where the numbers of texts differ, or
+    references are missing.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} groups of references; there must be one for each")
-    for i, texts in enumerate(references or [[]]):               # no group at all is a first one that is missing
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} groups of references; "
+                         "there must be one for each")
+    for i, texts in enumerate(references or [[]]):               # no groups: the first one is missing
         if not texts:
             raise ValueError(f"the references of text {i} are missing; there is nothing to score against")
     scores = {name: function(predictions, references) for name, function in SCORES.items()}
