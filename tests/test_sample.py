@@ -9,7 +9,6 @@ import torch
 import data
 import hub
 import peft
-import train
 from conftest import ROOT, tiny
 from model import GPT
 from lib import checkpoint, run
