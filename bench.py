@@ -339,7 +339,7 @@ def bench_loss(job, args):
         peft.apply(model, "lora", rank=job["rank"])
         with torch.no_grad():
             torch.manual_seed(5)
-            for n, p, m in peft.named(model):
+            for n, p, m in peft.parameters_by_method(model):
                 if m and n.endswith(".B"):
                     p.normal_(std=0.02)
         said, tensors = hub.to_peft(peft.pack_adapter(model), model.config)

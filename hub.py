@@ -112,15 +112,10 @@ def ia3_to_peft(t, config, layers, gpt2):
     return ALWAYS | {"peft_type": "IA3", "target_modules": sorted(set(names.values())), "feedforward_modules": [names["down"]], "fan_in_fan_out": gpt2}, tensors
 
 
-def scale_of(options):
-    """s of LoRA's options."""
-    return options["alpha"] / (math.sqrt(options["rank"]) if options["rslora"] else options["rank"])
-
-
 def lora_to_peft(methods, options, t, config, layers, gpt2):
     """(tensors, configuration) of LoRA, BitFit or both; what is apart here and fused there becomes one LoRA of the ranks' sum."""
     tensors, ranks, sizes = {}, {}, {}
-    s = scale_of(options) if "lora" in methods else 1.0
+    s = peft.scale_of(options) if "lora" in methods else 1.0
     linears = their_linears(config)
     for theirs, ours in linears.items():
         present = [n for n in ours if f"blocks.0.{n}.A" in t]
@@ -384,7 +379,7 @@ def show(run):
     yield "options: " + (", ".join(f"{k} {v}" for k, v in options.items()) or "none")
     for name in t:
         if name.endswith(".B") and name[:-1] + "A" in t:
-            values = torch.linalg.svdvals(torch.linalg.qr(t[name]).R @ torch.linalg.qr(t[name[:-1] + "A"].T).R.T) * scale_of(options)
+            values = torch.linalg.svdvals(torch.linalg.qr(t[name]).R @ torch.linalg.qr(t[name[:-1] + "A"].T).R.T) * peft.scale_of(options)
             p = values / values.sum().clamp(min=1e-30)
             yield f"{name[:-2]:24} |s B A| {values.norm():9.4f}   effective rank {float((-p * p.clamp(min=1e-30).log()).sum().exp()):5.2f} of {len(values)}"
         elif not (name.endswith(".A") and name[:-1] + "B" in t):

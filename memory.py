@@ -71,8 +71,8 @@ class Tracker(TorchDispatchMode):
         self.names = {id(m): name for name, m in model.named_modules()}
         self.kind, self.events, self.known, self.serial = {}, [], {}, 0      # kind: serial -> (part, layer)
         self.stack = []
-        for name, p, method in peft.named(model):
-            self.add(p, ("adapter" if method and method not in model.unfrozen else "weights " + str(p.dtype).removeprefix("torch."), ""))
+        for name, p, method in peft.parameters_by_method(model):
+            self.add(p, ("adapter" if method and method not in peft.UNFREEZING else "weights " + str(p.dtype).removeprefix("torch."), ""))
             if p.grad is not None:
                 self.add(p.grad, ("gradients", ""))
         for module in model.modules():

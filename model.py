@@ -319,6 +319,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
         self.reserved = 0                                        # positions that the tokens cannot have
+        self.attached = None                                     # what peft.py has put on the model
+        self.base_fingerprint = None                             # hash of the weights as they came, for peft.fingerprint
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)

@@ -43,7 +43,7 @@ def make_run(base, folder, method, options, seed=1):
     peft.apply(model, method, **dict(rank=3, adapter_size=4) | options)
     torch.manual_seed(seed)
     with torch.no_grad():
-        for _, p, m in peft.named(model):
+        for _, p, m in peft.parameters_by_method(model):
             if m:
                 p += 0.1 * torch.randn_like(p)
     folder.mkdir()

@@ -45,7 +45,7 @@ def logits(model, tokens=TOKENS):
 def shake(model):
     """Moves the trained tensors away from where they started."""
     with torch.no_grad():
-        for _, p, method in peft.named(model):
+        for _, p, method in peft.parameters_by_method(model):
             if method:
                 p += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
 
@@ -87,15 +87,15 @@ def test_every_method_and_pair(family, quantized, method, tmp_path):
     if not {"prefix", "prompt"} & set(names):
         assert torch.equal(logits(model), untouched)                        # identity at initialization
     trained = set().union(*(promised(model, name) for name in names))
-    optimizer = torch.optim.AdamW(peft.param_groups(model, 1e-2, 0.1))
+    optimizer = torch.optim.AdamW(peft.param_groups(model, 1e-2, 0.1, 1.0))
     for _ in range(2):
         model(TOKENS, TOKENS.roll(-1, 1))[1].backward()
-        assert {n for n, p, _ in peft.named(model) if p.grad is not None} == trained
+        assert {n for n, p, _ in peft.parameters_by_method(model) if p.grad is not None} == trained
         optimizer.step()
         optimizer.zero_grad()
     assert all(not torch.equal(logits(model)[i], untouched[i]) for i in range(2))
     assert set(peft.adapter_state_dict(model)) == trained
-    tuned, frozen = logits(model), {n: p for n, p, m in peft.named(model) if not m}
+    tuned, frozen = logits(model), {n: p for n, p, m in peft.parameters_by_method(model) if not m}
     assert all(torch.equal(p, before[n]) for n, p in frozen.items())       # training left the base alone
     peft.save_adapter(model, tmp_path / "a.pt")
     assert set(peft.read_adapter(tmp_path / "a.pt")["tensors"]) == trained
@@ -114,8 +114,8 @@ def test_every_method_and_pair(family, quantized, method, tmp_path):
 
 def merge_and_unmerge(model, tuned):
     stored = bits(model)
-    report = peft.merge(model, tokens=TOKENS)
-    assert (logits(model) - tuned).abs().max() < 1e-5 and report["error"] < 1e-5
+    peft.merge(model)
+    assert (logits(model) - tuned).abs().max() < 1e-5
     peft.unmerge(model)
     assert same(bits(model), stored) and torch.equal(logits(model), tuned)
 
@@ -135,7 +135,7 @@ def test_checkpointing_and_cache_change_nothing(family, method, options):
         model.checkpointing = checkpointing
         torch.manual_seed(3)
         model(TOKENS, TOKENS.roll(-1, 1))[1].backward()
-        gradients.append({n: p.grad for n, p, m in peft.named(model) if m})
+        gradients.append({n: p.grad for n, p, m in peft.parameters_by_method(model) if m})
     assert same(*gradients)
     model.eval()
     cached = torch.tensor(model.generate(TOKENS[:, :5], 8, temperature=0))
@@ -155,7 +155,7 @@ def test_saving_whatever_the_options(tmp_path_factory, family, methods, rank, le
     shake(model)
     tuned = logits(model)
     counts = peft.count_parameters(model)
-    assert counts["trainable"] == sum(counts["by_method"].values()) == sum(counts["by_layer"].values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert counts["trainable"] == sum(counts["by_method"].values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert counts["total"] == counts["base"] + counts["trainable"]
     peft.save_adapter(model, path)
     raw = torch.load(path, weights_only=True)
@@ -191,7 +191,7 @@ def adapter(path, seed=0, family="gpt2", method="lora", **options):
     model = base(family)
     peft.apply(model, method, **SMALL | options)
     torch.manual_seed(seed)
-    for _, p, m in peft.named(model):
+    for _, p, m in peft.parameters_by_method(model):
         if m:
             p.data.normal_(std=0.1)
     peft.save_adapter(model, path)
@@ -215,7 +215,7 @@ def test_switching_is_quick_and_exact(tmp_path):
         peft.load_adapter(model, adapters[i % 2], replace=True)
         seconds.append(time.perf_counter() - start)
     assert sorted(seconds)[3] < 0.05, seconds
-    assert model.methods["lora"]["rank"] == 8
+    assert peft.methods(model)["lora"]["rank"] == 8
 
 
 def test_switching_between_methods(tmp_path):
@@ -246,15 +246,23 @@ def test_a_small_adapter_vanishes_in_requantization_and_the_report_says_so():
     model = base("llama")
     quant.store(model, quant.Storage("nf4"))
     codes = [m.packed.clone() for _, _, m in peft.linears(model)]
+    tokens = torch.arange(48)[None]                              # those that merge reports on, with a context of 48
+    untouched = logits(model, tokens)
     peft.apply(model, "lora", rank=1)
-    for _, p, m in peft.named(model):
+    for _, p, m in peft.parameters_by_method(model):
         if m:
             p.data.fill_(1e-3)
-    report = peft.merge(model, requantize=True, tokens=TOKENS)
+    tuned = logits(model, tokens)
+    report = peft.merge(model, requantize=True)
+    merged = logits(model, tokens)
+    for what, a, b in (("adapter", tuned, untouched), ("kept", merged, untouched), ("error", merged, tuned)):
+        assert report[what] == float((a - b).abs().mean())
     assert 0 < report["adapter"] < report["error"] and report["kept"] < 0.5 * report["adapter"]      # worse than no adapter at all
-    assert sum(int((m.packed != old).sum()) for (_, _, m), old in zip(peft.linears(model), codes)) < 0.01 * sum(c.numel() for c in codes)
+    changed = sum(int((m.packed != old).sum()) for (_, _, m), old in zip(peft.linears(model), codes))
+    assert changed < 0.01 * sum(c.numel() for c in codes)
     peft.unmerge(model)
-    assert peft.merge(model, tokens=TOKENS)["error"] < 0.01 * report["adapter"]      # the dequantized merge keeps it
+    peft.merge(model)
+    assert (logits(model, tokens) - tuned).abs().mean() < 0.01 * report["adapter"]      # the dequantized merge keeps it
 
 
 def test_eval_and_train_leave_weights_alone():
@@ -276,7 +284,7 @@ def test_groups_of_the_optimizer():
     model = base("gpt2")
     peft.apply(model, "lora+prefix+ia3", **SMALL)
     groups = {(g["lr"], g["weight_decay"]): {id(p) for p in g["params"]} for g in peft.param_groups(model, 1.0, 0.1, 16.0)}
-    names = {id(p): n for n, p, _ in peft.named(model)}
+    names = {id(p): n for n, p, _ in peft.parameters_by_method(model)}
     assert {key: {names[i].split(".")[-1] for i in ids} for key, ids in groups.items()} == {(1.0, 0.1): {"A"}, (16.0, 0.1): {"B"}, (1.0, 0.0): {"s_k", "s_v", "l_k", "l_v", "l_ff"}}
 
 
@@ -322,7 +330,7 @@ def test_twice_is_refused():
 def test_what_cannot_be_merged(method):
     model = base("gpt2")
     peft.apply(model, method, **SMALL)
-    with pytest.raises(ValueError, match="cannot be merged; lora, ia3, bitfit, top and full can"):
+    with pytest.raises(ValueError, match="cannot be merged; full, top, bitfit, lora, "):
         peft.merge(model)
 
 

@@ -21,7 +21,7 @@ def run(tmp_path):
     torch.manual_seed(0)
     model = GPT(tiny("gpt2"))
     peft.apply(model, "lora", rank=2)
-    for name, p, _ in peft.named(model):
+    for name, p, _ in peft.parameters_by_method(model):
         if name.endswith(".B"):
             p.data.normal_()
     peft.save_adapter(model, tmp_path / "adapter.pt")

@@ -26,7 +26,7 @@ def folders(tmp_path_factory):
     tokenizer.save(folder / "base")
     model = checkpoint.load_base(folder / "base")
     peft.apply(model, "lora", rank=2)
-    for name, p, _ in peft.named(model):
+    for name, p, _ in peft.parameters_by_method(model):
         if name.endswith(".B"):
             p.data.normal_(std=0.3)
     (folder / "run").mkdir()
