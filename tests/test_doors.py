@@ -226,7 +226,7 @@ def test_what_a_layout_has_no_place_for(bases, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(use_dora=True), "use_dora is True"), (dict(peft_type="LOHA"), "peft_type is 'LOHA'"), (dict(layers_to_transform=[0]), "layers_to_transform"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(r=5), "rank 9 and 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
+    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(r=5), "rank 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
 def test_configurations_that_are_refused(bases, tmp_path, change, words):
     make_run(bases["gpt2"], tmp_path / "run", "lora", dict(targets="q,k,v"))
     hub.export(tmp_path / "run", tmp_path / "out")
