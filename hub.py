@@ -1,7 +1,7 @@
 """
 The door for adapters: out to PEFT's and AdapterHub's layouts and in from there, looked at, added, merged.
 
-    python hub.py show out/qlora                             # what is in an adapter
+    python hub.py show out/qlora                            # what is in an adapter
     python hub.py export out/qlora DIR --layout peft         # or adapterhub; loads with PeftModel.from_pretrained
     python hub.py import DIR out/x --base DIR                # the same layouts in, as a run for sample.py and evaluate.py
     python hub.py add out/x out/y out/z --weights 1 0.5      # LoRA adapters of one base added up, as the run out/z
@@ -19,13 +19,16 @@ from lib.config import Config, read_toml, run_main, write_toml
 
 def parse(args):
     """The command line: a command and its folders."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     commands = parser.add_subparsers(dest="command", required=True)
     show, export, import_, add, merge = map(commands.add_parser, ("show", "export", "import", "add", "merge"))
-    add.add_argument("runs", nargs="+", help="runs whose adapters are LoRA's alone; the first one's configuration is kept")
-    for command, folders in ((show, ["run"]), (export, ["run", "folder"]), (import_, ["folder", "run"]), (add, ["run"]), (merge, ["run", "folder"])):
-        for folder in folders:
-            command.add_argument(folder)
+    add.add_argument("runs", nargs="+", help="runs with LoRA alone; the first one's configuration is kept")
+    for command in (show, export, add, merge):
+        command.add_argument("run")
+    for command in (export, import_, merge):
+        command.add_argument("folder")
+    import_.add_argument("run")
     export.add_argument("--layout", default="peft", choices=("peft", "adapterhub"))
     export.add_argument("--name", default="nanopeft", help="of the adapter, in AdapterHub's layout")
     import_.add_argument("--base", required=True)
@@ -42,6 +45,7 @@ import functools
 import math
 import re
 import shlex
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -51,29 +55,35 @@ import data
 import peft
 from lib import run as runs
 from lib.checkpoint import FAMILIES, family_of, layout, load_base, read_config, save_base
-from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes, write_atomic,
-                       write_json, write_safetensors)
+from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes,
+                       write_atomic, write_json, write_safetensors)
 from model import GPT
 
 # -----------------------------------------------------------------------------
-# adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, which holds for each module of the base
+# adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, which holds
 #
-#   LoRA      MODULE.lora_A.weight (r, in) and MODULE.lora_B.weight (out, r), where h = W x + s B A x and s = lora_alpha / r.
-#             GPT-2's c_attn holds W_q, W_k and W_v one on top of the other. LoRAs of q and v alone are there one LoRA of the
-#             ranks' sum, which has the same s if lora_alpha grows as the rank does:
+#   LoRA      MODULE.lora_A.weight (r, in), MODULE.lora_B.weight (out, r); h = W x + s B A x, s = lora_alpha/r
+#             GPT-2's c_attn holds W_q, W_k and W_v one on top of the other. LoRAs of q and v are there one
+#             LoRA of the ranks' sum, which has the same s because lora_alpha grows as the rank does:
 #
 #                 A = | A_q |      B = | B_q   0  |
 #                     | A_v |          |  0    0  |
 #                                      |  0   B_v |
 #
 #   DoRA      and MODULE.lora_magnitude_vector (out,): of c_attn m_q, m_k and m_v, one after the other
-#   (IA)3     MODULE.ia3_l (out, 1) where it scales the result, of c_attn ones, l_k and l_v; (1, in) where it scales the input
-#   BitFit    MODULE.bias of every module (MODULE.base_layer.bias where a LoRA is), beside a LoRA, which may be of zeros
+#   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
+#   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
 #   prompt    prompt_embeddings (n, n_embd)
-#   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): keys of layer l at 2 l, values at 2 l + 1
+#   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
+#             its values at 2 l + 1
+#
+# where MODULE is base_model.model. and a module's name in the base's checkpoint.
 
 LORA_SUFFIXES = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m"}
-IA3_VECTORS = {"attn.k": "l_k", "attn.v": "l_v", "ffn.down": "l_ff"}      # layer of a block -> the vector that scales it
+IA3_VECTORS = {"attn.k": "l_k", "attn.v": "l_v", "ffn.down": "l_ff"}      # layer -> the vector that scales it
+ELSEWHERE = {"adapter": "; bottleneck adapters go to --layout adapterhub",
+             "full": "; a tuned base is written by python hub.py merge",
+             "top": "; a tuned base is written by python hub.py merge"}
 
 
 @functools.cache
@@ -97,7 +107,8 @@ def prefix_names(config):
 
 def bias_names(config):
     """{PEFT's name: our names} of every bias of the base."""
-    return {f"base_model.model.{theirs}": ours for theirs, (ours, _) in layout(config).items() if theirs.endswith(".bias")}
+    tensors = layout(config).items()
+    return {f"base_model.model.{theirs}": ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
 
 
 def scale_of(options):
@@ -110,54 +121,54 @@ def to_peft(content, config):
     method, options, tensors = content["method"], content["options"], content["tensors"]
     methods = set(method.split("+"))
     if method == "prompt":
-        said, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"], config)
+        settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"], config)
     elif method == "prefix":
-        check(options["prefix_style"] == "after", "a prefix before the projection has no place in PEFT's layout, which stores "
-              "keys and values; train with --prefix_style after")
+        check(options["prefix_style"] == "after", "a prefix before the projection has no place in PEFT's layout, which "
+              "stores keys and values; train with --prefix_style after")
         keys_and_values = torch.cat([tensors[name] for name in prefix_names(config)], 1)
-        said, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, config)
-        said |= {"prefix_projection": False, "encoder_hidden_size": config.n_embd}
+        settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, config)
+        settings |= {"prefix_projection": False, "encoder_hidden_size": config.n_embd}
     elif method == "ia3":
-        said, out = ia3_to_peft(tensors, config)
+        settings, out = ia3_to_peft(tensors, config)
     elif methods - {"bitfit"} in ({"lora"}, {"dora"}, set()):
-        said, out = lora_to_peft(methods, options, tensors, config)
+        settings, out = lora_to_peft(methods, options, tensors, config)
     else:
         hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
         raise ValueError(f"{method} has no place in PEFT's layout{hint}")
-    return {"task_type": "CAUSAL_LM", "inference_mode": True} | said, out
-
-
-ELSEWHERE = {"adapter": "; bottleneck adapters go to --layout adapterhub",
-             "full": "; a tuned base is written by python hub.py merge",
-             "top": "; a tuned base is written by python hub.py merge"}
+    return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
 
 
 def virtual_to_peft(kind, embeddings, config):
     """(adapter_config, tensors) of virtual tokens: a prompt's or a prefix's."""
-    said = {"peft_type": kind, "num_virtual_tokens": len(embeddings), "token_dim": config.n_embd, "num_layers": config.n_layer,
-            "num_transformer_submodules": 1, "num_attention_heads": config.n_head}
-    return said, {"prompt_embeddings": embeddings}
+    settings = {"peft_type": kind, "num_virtual_tokens": len(embeddings), "num_transformer_submodules": 1,
+                "token_dim": config.n_embd, "num_layers": config.n_layer, "num_attention_heads": config.n_head}
+    return settings, {"prompt_embeddings": embeddings}
 
 
 def ia3_to_peft(tensors, config):
-    """(adapter_config, tensors) of (IA)3; what it does not scale, but PEFT's module holds, gets ones."""
+    """(adapter_config, tensors) of (IA)3; a layer that it does not scale gets ones where PEFT's module holds it."""
     modules, family, out = scaled_layers(config), family_of(config), {}
     feedforward = [module for module, layers in modules.items() if "ffn.down" in layers]
     for i in range(config.n_layer):
         for module, layers in modules.items():
-            vectors = [tensors.get(f"blocks.{i}.{name}.{IA3_VECTORS.get(name)}", torch.ones(n)) for name, n in layers.items()]
+            vectors = []
+            for name, rows in layers.items():
+                vector = f"blocks.{i}.{name}.{IA3_VECTORS.get(name)}"
+                vectors.append(tensors.get(vector, torch.ones(rows)))
             dim = 0 if module in feedforward else 1
             out[f"base_model.model.{family.block(i)}{module}.ia3_l"] = torch.cat(vectors).unsqueeze(dim)
-    return {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": feedforward,
-            "fan_in_fan_out": family.transposed}, out
+    settings = {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": feedforward,
+                "fan_in_fan_out": family.transposed}
+    return settings, out
 
 
 def lora_to_peft(methods, options, tensors, config):
     """(adapter_config, tensors) of LoRA or DoRA, of BitFit, or of both."""
     if methods == {"bitfit"}:      # PEFT trains biases beside a LoRA, which is here one of zeros on the queries
         options = {"rank": 1, "alpha": 1.0, "rslora": False}
-        zeros = {"A": torch.zeros(1, config.n_embd), "B": torch.zeros(config.n_head * config.d_head, 1)}
-        tensors = tensors | {f"blocks.{i}.attn.q.{half}": t for i in range(config.n_layer) for half, t in zeros.items()}
+        A, B = torch.zeros(1, config.n_embd), torch.zeros(config.n_head * config.d_head, 1)
+        for i in range(config.n_layer):
+            tensors = tensors | {f"blocks.{i}.attn.q.A": A, f"blocks.{i}.attn.q.B": B}
     family, ranks, out = family_of(config), {}, {}
     for module, layers in linear_layers(config).items():
         for i in range(config.n_layer):
@@ -172,60 +183,73 @@ def lora_to_peft(methods, options, tensors, config):
             out[name.removesuffix(".bias") + within] = torch.cat([tensors[n] for n in ours])
     s, r = scale_of(options), max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != r}
-    return {"peft_type": "LORA", "r": r, "lora_alpha": s * r, "target_modules": sorted(ranks),
-            "lora_dropout": options.get("dropout", 0.0), "bias": "all" if "bitfit" in methods else "none",
-            "fan_in_fan_out": family.transposed, "use_rslora": False, "use_dora": "dora" in methods, "modules_to_save": None,
-            "rank_pattern": others, "alpha_pattern": {module: s * rank for module, rank in others.items()}}, out
+    settings = {
+        "peft_type": "LORA", "r": r, "lora_alpha": s * r, "use_rslora": False, "use_dora": "dora" in methods,
+        "rank_pattern": others, "alpha_pattern": {module: s * rank for module, rank in others.items()},
+        "target_modules": sorted(ranks), "modules_to_save": None, "lora_dropout": options.get("dropout", 0.0),
+        "bias": "all" if "bitfit" in methods else "none", "fan_in_fan_out": family.transposed}
+    return settings, out
 
 
 def stack_lora(tensors, block, layers):
-    """{name in PEFT's layout: tensor} of the one LoRA that does what those of a module's layers do; {} where none has one."""
-    wrapped = [name for name in layers if f"{block}.{name}.A" in tensors]
-    magnitudes = [tensors[f"{block}.{name}.m"] for name in wrapped if f"{block}.{name}.m" in tensors]
+    """{name in PEFT's layout: tensor} of the one LoRA that does what the layers' LoRAs do; {} where there are none."""
+    wrapped = [f"{block}.{name}" for name in layers if f"{block}.{name}.A" in tensors]
     if not wrapped:
         return {}
-    halves = [tensors.get(f"{block}.{name}.B", torch.zeros(rows, 0)) for name, rows in layers.items()]
-    stacked = {"lora_A.weight": torch.cat([tensors[f"{block}.{name}.A"] for name in wrapped]),
-               "lora_B.weight": torch.block_diag(*halves)}
+    B = [tensors.get(f"{block}.{name}.B", torch.zeros(rows, 0)) for name, rows in layers.items()]
+    stacked = {"lora_A.weight": torch.cat([tensors[f"{name}.A"] for name in wrapped]), "lora_B.weight": torch.block_diag(*B)}
+    magnitudes = [tensors[f"{name}.m"] for name in wrapped if f"{name}.m" in tensors]
     if magnitudes:
-        names = [name.rpartition(".")[2] for name in layers]
-        check(len(wrapped) == len(layers), f"DoRA on {len(wrapped)} of the layers {', '.join(names)} has no place in PEFT's "
-              f"layout, where these are one module of this base; train with --targets containing {','.join(names)}")
+        names = ",".join(name.rpartition(".")[2] for name in layers)
+        check(len(magnitudes) == len(layers), f"DoRA on a part of {names} has no place in PEFT's layout, which holds these "
+              f"in one module and the magnitudes of all; train with --targets containing {names}")
         stacked["lora_magnitude_vector"] = torch.cat(magnitudes)
     return stacked
 
 
-# what an adapter_config.json may say without changing what is computed, or what is read below; anything else that is set is refused
-KNOWN = set("""peft_type task_type base_model_name_or_path inference_mode auto_mapping revision peft_version lora_dropout init_lora_weights init_ia3_weights loftq_config
-    eva_config corda_config lora_ga_config megatron_core runtime_config num_virtual_tokens token_dim num_layers num_attention_heads num_transformer_submodules
-    prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora
-    use_dora rank_pattern alpha_pattern feedforward_modules layers_pattern random_init encoder_reparameterization_type qalora_group_size""".split())
+# keys of adapter_config.json that are read below or change nothing in what is computed; any other is refused
+KNOWN = set("""
+    peft_type task_type base_model_name_or_path inference_mode auto_mapping revision peft_version
+    lora_dropout init_lora_weights init_ia3_weights loftq_config eva_config corda_config lora_ga_config
+    megatron_core runtime_config num_virtual_tokens token_dim num_layers num_attention_heads
+    num_transformer_submodules prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path
+    tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora use_dora
+    rank_pattern alpha_pattern feedforward_modules layers_pattern random_init
+    encoder_reparameterization_type qalora_group_size
+""".split())
 
 
 def from_peft(folder, config):
-    """(method, options, tensors) of a folder in PEFT's layout. peft.load_state tells whether the tensors are complete."""
-    said = read_json(Path(folder, "adapter_config.json"))
+    """(method, options, tensors) of a folder in PEFT's layout; peft.load_state then checks that they are complete."""
+    settings = read_json(Path(folder, "adapter_config.json"))
     file = Path(folder, "adapter_model.safetensors")
     if not file.is_file():
         file = Path(folder, "adapter_model.bin")
     check(file.is_file(), f"{folder}: neither adapter_model.safetensors nor adapter_model.bin is there")
     tensors = {name: t.float() for name, t in read_tensors(file)}
     with located(folder):
-        for key, value in said.items():
-            check(key in KNOWN or value in (None, False, [], {}, ""), f"{key} is {value!r}, which this code does not know")
-        kind = said.get("peft_type")
+        for key, value in settings.items():
+            harmless = key in KNOWN or value in (None, False, [], {}, "")
+            check(harmless, f"{key} is {value!r}, which this code does not know")
+        kind = settings.get("peft_type")
         if kind == "LORA":
-            return lora_from_peft(said, tensors, config)
+            return lora_from_peft(settings, tensors, config)
         if kind == "IA3":
             return ia3_from_peft(tensors, config)
-        check(kind in ("PROMPT_TUNING", "PREFIX_TUNING"),
-              f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
-        P = tensors.get("prompt_embeddings")
-        check(len(tensors) == 1 and P is not None and P.dim() == 2, f"must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
-        if kind == "PROMPT_TUNING":
-            return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
-        keys_and_values = P.chunk(2 * config.n_layer, 1)
-        return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, dict(zip(prefix_names(config), keys_and_values))
+        if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
+            return virtual_from_peft(kind, tensors, config)
+        raise ValueError(f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+
+
+def virtual_from_peft(kind, tensors, config):
+    """(method, options, tensors) of a prompt or a prefix."""
+    P = tensors.get("prompt_embeddings", torch.zeros(()))
+    alone = len(tensors) == 1 and P.dim() == 2
+    check(alone, f"must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
+    if kind == "PROMPT_TUNING":
+        return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
+    keys_and_values = dict(zip(prefix_names(config), P.chunk(2 * config.n_layer, 1)))
+    return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, keys_and_values
 
 
 def linear_tensors(tensors, config, suffixes):
@@ -234,15 +258,15 @@ def linear_tensors(tensors, config, suffixes):
     pattern = re.compile(rf"base_model\.model\.{start}(\d+){end}(.+)\.({suffixes})(?:\.weight)?")
     for name, t in tensors.items():
         match = pattern.fullmatch(name)
-        known = match and int(match[1]) < config.n_layer and match[2] in linear_layers(config) and t.dim()
-        check(known, f"{name} is no tensor of a {family_of(config).name} adapter with {config.n_layer} layers")
+        there = match and int(match[1]) < config.n_layer and match[2] in linear_layers(config)
+        check(there and t.dim(), f"{name} is no tensor of a {family_of(config).name} adapter with {config.n_layer} layers")
         yield match[2], match[1], match[3], t
 
 
 def split_rows(tensor, layers, where):
     """A module's tensor -> {our layer: its rows}."""
     rows = list(layers.values())
-    check(len(tensor) == sum(rows), f"{where} has shape {tuple(tensor.shape)}; this base makes it {sum(rows)} rows")
+    check(len(tensor) == sum(rows), f"{where} has {len(tensor)} rows; this base makes it {sum(rows)}")
     return dict(zip(layers, tensor.split(rows)))
 
 
@@ -257,29 +281,32 @@ def ia3_from_peft(tensors, config):
             if name in IA3_VECTORS:
                 out[f"blocks.{i}.{name}.{IA3_VECTORS[name]}"] = vector
             else:
-                check(bool((vector == 1).all()), f"layer {i} scales the queries as well, which (IA)3 here does not")
+                ones = bool((vector == 1).all())
+                check(ones, f"layer {i} scales the queries as well, which (IA)3 here does not")
     return "ia3", {}, out
 
 
-def lora_from_peft(said, tensors, config):
+def lora_from_peft(settings, tensors, config):
     """(method, options, tensors) of LoRA, DoRA or BitFit.
 
     One rank and one scale are for all here: a smaller rank is filled up with zeros, another scale goes into B.
     """
     for key in ("r", "lora_alpha"):
-        number = isinstance(said.get(key), (int, float)) and said[key] > 0
-        check(number, f"{key} is {said.get(key)!r}; it must be a positive number")
+        value = settings.get(key)
+        check(isinstance(value, (int, float)) and value > 0, f"{key} is {value!r}; it must be a positive number")
+    common = {"rank": settings["r"], "alpha": settings["lora_alpha"], "rslora": bool(settings.get("use_rslora"))}
     biases = take_biases(tensors, config)
     found = list(linear_tensors(tensors, config, "|".join(LORA_SUFFIXES)))
     rank = max((len(t) for _, _, suffix, t in found if suffix == "lora_A"), default=0)
     check(rank, "no LoRA in it")
-    common = {"rank": said["r"], "alpha": said["lora_alpha"], "rslora": bool(said.get("use_rslora"))}
     s, out = scale_of(common | {"rank": rank}), {}
     for module, i, suffix, t in found:
-        own, where = common | said_by_patterns(said, module), f"{module} of layer {i}"
-        layers, padding = linear_layers(config)[module], rank - own["rank"]
+        own = common | patterned(settings, module)
+        where, padding = f"{module} of layer {i}", rank - own["rank"]
+        layers = linear_layers(config)[module]
         if suffix == "lora_A":
-            check(t.dim() == 2 and len(t) == own["rank"], f"{where} has rank {len(t)}; adapter_config.json says {own['rank']}")
+            right = t.dim() == 2 and len(t) == own["rank"]
+            check(right, f"{where} has rank {len(t)}; adapter_config.json says {own['rank']}")
             parts = dict.fromkeys(layers, F.pad(t, (0, 0, 0, padding)))
         else:
             parts = split_rows(t, layers, where)
@@ -289,17 +316,20 @@ def lora_from_peft(said, tensors, config):
             out[f"blocks.{i}.{name}.{LORA_SUFFIXES[suffix]}"] = part
     if biases and not any(t.any() for name, t in out.items() if name.endswith(".B")):
         return "bitfit", {}, biases
-    method = "dora" if said.get("use_dora") else "lora"
-    targets = dict.fromkeys(name.split(".")[3] for name in out)
-    options = {"rank": rank, "alpha": s * rank, "targets": ",".join(targets), "dropout": float(said.get("lora_dropout") or 0.0)}
+    dora = settings.get("use_dora", False)
+    magnitudes = sum(name.endswith(".m") for name in out)
+    check(bool(dora) == bool(magnitudes), f"use_dora is {dora!r}, but {magnitudes} magnitude vectors are there")
+    targets = ",".join(dict.fromkeys(name.split(".")[3] for name in out))
+    options = {"rank": rank, "alpha": s * rank, "targets": targets, "dropout": float(settings.get("lora_dropout") or 0.0)}
+    method = "dora" if dora else "lora"
     return f"bitfit+{method}" if biases else method, options, out | biases
 
 
-def said_by_patterns(said, module):
-    """A module's own "rank" and "alpha" where rank_pattern and alpha_pattern name it."""
+def patterned(settings, module):
+    """A module's own "rank" and "alpha", where rank_pattern and alpha_pattern name it."""
     own = {}
     for name in ("rank", "alpha"):
-        for end, value in (said.get(f"{name}_pattern") or {}).items():
+        for end, value in (settings.get(f"{name}_pattern") or {}).items():
             if re.fullmatch(rf"(.*\.)?{end}", module):
                 own.setdefault(name, value)
     return own
@@ -322,28 +352,31 @@ HUB_STYLES = {
     "houlsby": {"mh_adapter": True, "original_ln_before": False, "ln_before": False},
     "pfeiffer": {"mh_adapter": False, "original_ln_before": True, "ln_before": False},
     "lin": {"mh_adapter": False, "original_ln_before": True, "ln_before": True}}
-HUB_FIXED = {   # read, but never anything else
-    "output_adapter": True, "is_parallel": False, "phm_layer": False, "ln_after": False, "scaling": 1.0, "use_gating": False,
-    "inv_adapter": None}
-HUB_DEFAULTS = {   # written, but not read: without effect beside those above
+HUB_FIXED = {   # read, and refused where they are anything else
+    "output_adapter": True, "is_parallel": False, "phm_layer": False, "ln_after": False, "scaling": 1.0,
+    "use_gating": False, "inv_adapter": None}
+HUB_DEFAULTS = {   # written because that library expects them; without effect beside those above
     "original_ln_after": True, "adapter_residual_before_ln": False, "residual_before_ln": True, "cross_adapter": False,
-    "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False, "hypercomplex_nonlinearity": "glorot-uniform",
-    "init_weights": "bert", "inv_adapter_reduction_factor": None, "learn_phm": True, "leave_out": [], "phm_bias": True,
-    "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_rank": 1, "shared_W_phm": False,
-    "shared_phm_rule": True, "stochastic_depth": 0.0}
+    "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False, "init_weights": "bert", "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform", "inv_adapter_reduction_factor": None, "leave_out": [],
+    "phm_bias": True, "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_rank": 1,
+    "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0}
 
 
 def hub_names(config, style, name):
     """{their name: our name} of the tensors of an adapter called `name`."""
-    places = {"attention_adapters": "adapter1", "output_adapters": "adapter2"}
+    family, names = family_of(config), {}
+    adapters = {"attention_adapters": "adapter1", "output_adapters": "adapter2"}
     modules = {"adapter_down.0": "down", "adapter_up": "up"}
     if style != "houlsby":
-        del places["attention_adapters"]
+        del adapters["attention_adapters"]
     if style == "lin":
         modules = {"adapter_down.1": "down", "adapter_up": "up", "adapter_down.0": "norm"}
-    return {f"{family_of(config).block(i)}{place}.adapters.{name}.{theirs}.{kind}": f"blocks.{i}.{adapter}.{ours}.{kind}"
-            for i in range(config.n_layer) for place, adapter in places.items()
-            for kind in ("weight", "bias") for theirs, ours in modules.items()}
+    for i, adapter, kind in product(range(config.n_layer), adapters, ("weight", "bias")):
+        for theirs, ours in modules.items():
+            start = f"{family.block(i)}{adapter}.adapters.{name}"
+            names[f"{start}.{theirs}.{kind}"] = f"blocks.{i}.{adapters[adapter]}.{ours}.{kind}"
+    return names
 
 
 def to_adapterhub(content, config, name):
@@ -352,36 +385,39 @@ def to_adapterhub(content, config, name):
           "--layout peft takes lora, ia3, prompt, prefix and bitfit")
     options, family = content["options"], family_of(config)
     style = options["adapter_style"]
-    inner = {"reduction_factor": config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"]}
-    said = {"name": name, "config": inner | HUB_STYLES[style] | HUB_FIXED | HUB_DEFAULTS, "config_id": "", "hidden_size": config.n_embd,
-            "model_class": family.architecture, "model_type": family.name, "model_name": "", "version": "adapters.1.3.0"}
-    return said, {theirs: content["tensors"][ours] for theirs, ours in hub_names(config, style, name).items()}
+    shape = {"reduction_factor": config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"]}
+    settings = {
+        "name": name, "config": shape | HUB_STYLES[style] | HUB_FIXED | HUB_DEFAULTS, "config_id": "",
+        "hidden_size": config.n_embd, "model_class": family.architecture, "model_type": family.name, "model_name": "",
+        "version": "adapters.1.3.0"}
+    names = hub_names(config, style, name)
+    return settings, {theirs: content["tensors"][ours] for theirs, ours in names.items()}
 
 
 def from_adapterhub(folder, config):
-    """(method, options, tensors) of a folder in AdapterHub's layout."""
-    said = read_json(Path(folder, "adapter_config.json"))
-    tensors = {n: t.float() for n, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
+    """(method, options, tensors) of a folder in AdapterHub's layout; peft.load_state then checks that they are complete."""
+    settings = read_json(Path(folder, "adapter_config.json"))
+    tensors = {name: t.float() for name, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
     with located(folder):
-        inner, name = said.get("config"), said.get("name")
-        check(isinstance(inner, dict) and isinstance(name, str), "adapter_config.json has no name and config, so it is not AdapterHub's")
+        inner, name = settings.get("config"), settings.get("name")
+        ours = isinstance(inner, dict) and isinstance(name, str)
+        check(ours, "adapter_config.json has no name and config, so it is not AdapterHub's")
         flags = {key: bool(inner.get(key)) for key in HUB_STYLES["lin"]}
         style = next((style for style, needed in HUB_STYLES.items() if needed == flags), None)
         check(style, f"{flags} is not known; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
         for key, wanted in HUB_FIXED.items():
-            check(inner.get(key, wanted) == wanted, f"{key} is {inner.get(key)!r}; only {wanted!r} can be read")
-        activation = inner.get("non_linearity")
-        activations = list(peft.Adapter.ACTIVATIONS)
-        check(activation in activations, f"non_linearity is {activation!r}; it must be one of {', '.join(activations)}")
-        for twin in [n for n in tensors if ".adapter_norm_before." in n]:      # that library writes Lin's LayerNorm under two names
-            original = twin.replace("adapter_norm_before", "adapter_down.0")
-            if original in tensors and torch.equal(tensors[twin], tensors[original]):
+            value = inner.get(key, wanted)
+            check(value == wanted, f"{key} is {value!r}; only {wanted!r} can be read")
+        out = {}
+        for theirs, ours in hub_names(config, style, name).items():
+            check(theirs in tensors, f"lacks {theirs}")
+            out[ours] = tensors.pop(theirs)
+            twin = theirs.replace("adapter_down.0", "adapter_norm_before")      # the library's second name of Lin's LayerNorm
+            if twin in tensors and torch.equal(out[ours], tensors[twin]):
                 del tensors[twin]
-        names = hub_names(config, style, name)
-        missing, extra = names.keys() - tensors.keys(), tensors.keys() - names.keys()
-        check(not missing and not extra, f"missing {some(missing) or 'nothing'}, not known {some(extra) or 'nothing'}")
-    out = {names[n]: t for n, t in tensors.items()}
+        check(not tensors, f"{len(tensors)} tensors are not known: {some(tensors)}")
     size = len(out["blocks.0.adapter2.down.weight"])
+    activation = str(inner.get("non_linearity"))
     return "adapter", {"adapter_style": style, "adapter_size": size, "adapter_activation": activation}, out
 
 
@@ -415,26 +451,28 @@ def export(run, path, layout="peft", name="nanopeft"):
     """A run's adapter as a folder in the layout "peft" or "adapterhub". Nothing that is there is written over."""
     config, content = read_run(run)
     base, path = read_config(config.base), unused(path)
-    families = [family.name for family in FAMILIES.values() if family.adapters]
     check(layout in ("peft", "adapterhub"), f"layout is {layout!r}; it must be peft or adapterhub")
-    check(family_of(base).adapters, f"export of adapters is for {' and '.join(families)} bases, not {family_of(base).name}")
-    said, tensors = to_peft(content, base) if layout == "peft" else to_adapterhub(content, base, name)
-    path.mkdir(parents=True, exist_ok=True)
+    families = " and ".join(family.name for family in FAMILIES.values() if family.adapters)
+    check(family_of(base).adapters, f"export of adapters is for {families} bases, not {family_of(base).name}")
     if layout == "peft":
-        said["base_model_name_or_path"] = str(Path(config.base).resolve())
-        entries = {n: (t.dtype, t.shape, lambda t=t: t) for n, t in tensors.items()}
+        settings, tensors = to_peft(content, base)
+        settings["base_model_name_or_path"] = str(Path(config.base).resolve())
+        path.mkdir(parents=True, exist_ok=True)
+        entries = {name: (t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()}
         write_safetensors(path / "adapter_model.safetensors", entries)
     else:
-        write_atomic(path / "pytorch_adapter.bin", torch_bytes({n: t.clone() for n, t in tensors.items()}))
-    write_json(path / "adapter_config.json", said)
-    return said
+        settings, tensors = to_adapterhub(content, base, name)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "pytorch_adapter.bin", torch_bytes({name: t.clone() for name, t in tensors.items()}))
+    write_json(path / "adapter_config.json", settings)
+    return settings
 
 
 def import_adapter(path, base, out):
-    """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`, for sample.py, evaluate.py and load_adapter."""
-    path, out, said = Path(path), unused(out), Path(path, "adapter_config.json")
-    check(said.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
-    read = from_peft if "peft_type" in read_json(said) else from_adapterhub
+    """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`; returns the model."""
+    out, file = unused(out), Path(path, "adapter_config.json")
+    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
+    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
     method, options, tensors = read(path, read_config(base))
     model = load_base(base)
     peft.apply(model, method, **options)
@@ -444,7 +482,10 @@ def import_adapter(path, base, out):
 
 
 def add_runs(folders, out, weights=None):
-    """The LoRA adapters of runs over one base, times weights (default 1) and added, as the run `out`; returns its Config."""
+    """The LoRA adapters of runs over one base, times their weights and added, as the run `out`; returns its Config.
+
+    weights: a number for each run, None for 1. The configuration is the first run's, with the rank and scale of the sum.
+    """
     weights = weights or [1.0] * len(folders)
     check(len(weights) == len(folders), f"{len(weights)} weights for {len(folders)} runs; give one for each")
     configs, contents = zip(*map(read_run, folders))
@@ -456,10 +497,14 @@ def add_runs(folders, out, weights=None):
 
 
 def merge_run(run, path, requantize=False):
-    """Base and adapter as one plain checkpoint with its tokenizer, in the run's computation type. Returns peft.merge's report."""
+    """Base and adapter as one plain checkpoint with its tokenizer, in the run's computation type; returns peft.merge's report.
+
+    requantize: the merged weights are first stored as the base was stored, and the report says what that does to the logits.
+    """
     path = unused(path)
     model, tokenizer, config = runs.load_run(run, "cpu", "auto")
-    check(not requantize or runs.storage_of(config), f"{run}: its base is not quantized; merge it without --requantize")
+    possible = not requantize or runs.storage_of(config)
+    check(possible, f"{run}: its base is not quantized; merge it without --requantize")
     report = peft.merge(model, requantize)
     base = read_json(Path(config.base, "config.json"))
     save_base(model, path, {key: value for key, value in base.items() if key.endswith("_token_id")})
@@ -480,15 +525,16 @@ def show(run):
         lora = {f"{layer}.A", f"{layer}.B"} <= tensors.keys()
         if lora and leaf == "B":
             values = singular_values(tensors[f"{layer}.A"], t) * scale_of(options)
-            yield f"{layer:24} |s B A| {values.norm():9.4f}   effective rank {effective_rank(values):5.2f} of {len(values)}"
+            rank = f"effective rank {effective_rank(values):5.2f} of {len(values)}"
+            yield f"{layer:24} |s B A| {values.norm():9.4f}   {rank}"
         elif not (lora and leaf == "A"):
             yield f"{name:40} {str(tuple(t.shape)):16} norm {t.norm():9.4f}"
 
 
 def singular_values(A, B):
     """Those of B A that may differ from zero, (r,), largest first."""
-    small = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T      # (r, r), and B A is this between two orthogonal matrices
-    return torch.linalg.svdvals(small)
+    core = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T    # (r, r): B A = Q core P^T, Q and P orthogonal
+    return torch.linalg.svdvals(core)
 
 
 def effective_rank(values):
@@ -503,21 +549,25 @@ def main(args):
     if args.command == "show":
         print(*show(args.run), sep="\n")
     elif args.command == "export":
-        said = export(args.run, args.folder, args.layout, args.name)
-        print(f"{args.folder}: {said.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
+        settings = export(args.run, args.folder, args.layout, args.name)
+        print(f"{args.folder}: {settings.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
     elif args.command == "import":
         counts = peft.count_parameters(import_adapter(args.folder, args.base, args.run))
-        methods = " and ".join(counts["by_method"])
-        print(f"{args.run}: {methods}, {counts['trainable']:,} parameters; python sample.py {shlex.quote(args.run)} --prompt ...")
+        print(f"{args.run}: {' and '.join(counts['by_method'])}, {counts['trainable']:,} parameters; {next_line(args.run)}")
     elif args.command == "add":
         config = add_runs(args.runs, args.run, args.weights)
-        print(f"{args.run}: {len(args.runs)} adapters added, rank {config.rank}; python sample.py {shlex.quote(args.run)} --prompt ...")
+        print(f"{args.run}: the sum of {len(args.runs)} adapters, rank {config.rank}; {next_line(args.run)}")
     else:
         report = merge_run(args.run, args.folder, args.requantize)
         print(f"{args.folder}: {report['layers']} layers merged; a plain checkpoint with its tokenizer")
         if args.requantize:
-            print(f"The adapter changes a logit by {report['adapter']:.4f} on average; merged and quantized again it changes it by "
-                  f"{report['kept']:.4f}, and that is {report['error']:.4f} away from what the adapter alone makes of it.")
+            print("On average the adapter changes a logit by {adapter:.4g}; merged and quantized again it changes it by {kept:.4g}, "
+                  "which is {error:.4g} away from what the adapter makes of it.".format(**report))
+
+
+def next_line(run):
+    """The command that tries a run, as a shell takes it."""
+    return f"python sample.py {shlex.quote(run)} --prompt ..."
 
 
 if __name__ == "__main__":

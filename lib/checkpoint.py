@@ -1,16 +1,17 @@
 """
 Hugging Face checkpoints in and out: a folder of config.json and tensors <-> a GPT.
 
-    model = load_base("gpt2", torch.bfloat16, quant.Storage("nf4", double=True))      # read, checked and stored one tensor at a time
-    save_base(model, "copy")                                                          # loads with transformers
+    model = load_base("gpt2", torch.bfloat16, quant.Storage("nf4", double=True))
+    save_base(model, "copy")                                   # transformers loads this folder
 
-A base is read strictly: every key of config.json is honoured, known to be harmless or refused; every tensor is used and every
-parameter is set, or the folder is refused with the names. What differs between families is said in FAMILIES and nowhere else.
+A base is read strictly: every key of config.json is honoured, known to be harmless or refused; every tensor is used
+and every parameter is set, or the folder is refused with the names. Tensors are read, checked and stored one at a time.
+What differs between families is said in the table FAMILIES and nowhere else.
 """
 
 import dataclasses
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,8 @@ import torch
 import torch.nn as nn
 
 import quant
-from lib.files import (check, combine_hashes, found_in, located, read_json, read_tensors, sample_hash, some, write_json,
-                       write_safetensors)
+from lib.files import (check, combine_hashes, found_in, located, read_json, read_tensors, sample_hash, some,
+                       write_json, write_safetensors)
 from model import GPT, GPTConfig
 
 
@@ -29,19 +30,27 @@ from model import GPT, GPTConfig
 
 @dataclass(frozen=True)
 class Family:
-    """How one family's checkpoints say what a GPTConfig and a GPT hold."""
-    name: str                                       # model_type in config.json
-    architecture: str                               # the class in transformers, for `architectures`
-    prefix: str                                     # of every tensor but lm_head; files of a base model may lack it
-    blocks: str                                     # the name of the list of blocks
-    keys: dict                                      # key of config.json -> field of GPTConfig; keys of one field must agree
-    modules: dict                                   # their module outside the blocks -> ours
-    block_modules: dict                             # their module in a block -> ours; several, where theirs holds them one on top of the other
-    fixed: dict = field(default_factory=dict)       # fields of GPTConfig that no key says
-    defaults: dict = field(default_factory=dict)    # key -> its value where config.json lacks it; other keys must be there
-    required: dict = field(default_factory=dict)    # key -> the only value that is supported, which a missing key has
-    transposed: bool = False                        # the blocks' linear layers hold their weights as (in, out)
-    adapters: bool = True                           # whether hub.py exports adapters of such a base
+    """How one family's checkpoints say what a GPTConfig and a GPT hold.
+
+    keys         key of config.json -> field of GPTConfig; where two keys name one field they must agree
+    fixed        field of GPTConfig -> its value in all models of the family
+    defaults     key -> its value where config.json lacks it; the other keys must be there
+    required     key -> the only value that is supported, and the meaning of its absence
+    modules      their module outside the blocks -> ours
+    block_modules  their module in a block -> ours, or several of ours that lie one on top of the other in theirs
+    """
+    name: str                     # model_type in config.json
+    architecture: str             # the class in transformers, for `architectures`
+    prefix: str                   # of every tensor but lm_head; the file of a base model may lack it
+    blocks: str                   # the name of the list of blocks
+    keys: dict
+    fixed: dict
+    defaults: dict
+    required: dict
+    modules: dict
+    block_modules: dict
+    transposed: bool = False      # whether the linear layers of the blocks hold their weights as (in, out)
+    adapters: bool = True         # whether hub.py exports adapters over such a base
 
     def block(self, i):
         """The beginning of the names in block i."""
@@ -66,6 +75,7 @@ GPT2 = Family(
           "n_embd": "n_embd", "n_inner": "n_ffn", "activation_function": "activation", "layer_norm_epsilon": "norm_eps",
           "tie_word_embeddings": "tied"},
     defaults={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "n_inner": None},
+    fixed={},
     required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     modules={"wte": "embed.tokens", "wpe": "embed.positions", "ln_f": "norm"},
     block_modules={"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attn.q attn.k attn.v", "attn.c_proj": "attn.out",
@@ -97,7 +107,8 @@ LLAMA = Family(
                                "mlp.down_proj": "ffn.down", "input_layernorm": "norm1",
                                "post_attention_layernorm": "norm2"})
 
-# A family that differs from another in a few words is replace(LLAMA, name=.., fixed=LLAMA.fixed | {..}).
+# A family that differs from another in a few words is replace(LLAMA, name=.., fixed=LLAMA.fixed | {..}), with
+# replace from dataclasses.
 
 FAMILIES = {family.name: family for family in (GPT2, OPT, LLAMA)}
 
@@ -105,13 +116,17 @@ ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu"
 ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
 
 # keys that change nothing in what the model computes without dropout, in the versions of transformers up to 5
-HARMLESS = set("""_name_or_path architectures attn_pdrop embd_pdrop resid_pdrop dropout attention_dropout activation_dropout layerdrop initializer_range
-    model_type n_ctx bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id unk_token_id torch_dtype dtype transformers_version use_cache
-    pretraining_tp prefix id2label label2id task_specific_params tokenizer_class summary_type summary_use_proj summary_activation
-    summary_first_dropout summary_proj_to_labels reorder_and_upcast_attn init_std _attn_implementation_autoset return_dict
-    max_length do_sample temperature top_k top_p num_beams repetition_penalty length_penalty early_stopping no_repeat_ngram_size
-    chunk_size_feed_forward diversity_penalty encoder_no_repeat_ngram_size min_length num_beam_groups num_return_sequences
-    typical_p exponential_decay_length_penalty problem_type max_sequence_length""".split())
+HARMLESS = set("""
+    _name_or_path architectures attn_pdrop embd_pdrop resid_pdrop dropout attention_dropout
+    activation_dropout layerdrop initializer_range model_type n_ctx bos_token_id eos_token_id pad_token_id
+    sep_token_id decoder_start_token_id unk_token_id torch_dtype dtype transformers_version use_cache
+    pretraining_tp prefix id2label label2id task_specific_params tokenizer_class summary_type
+    summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels reorder_and_upcast_attn
+    init_std _attn_implementation_autoset return_dict max_length do_sample temperature top_k top_p num_beams
+    repetition_penalty length_penalty early_stopping no_repeat_ngram_size chunk_size_feed_forward
+    diversity_penalty encoder_no_repeat_ngram_size min_length num_beam_groups num_return_sequences typical_p
+    exponential_decay_length_penalty problem_type max_sequence_length
+""".split())
 
 # tensors in old checkpoints that this code computes
 BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\blayers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
@@ -141,7 +156,7 @@ def family_of(config):
 
 
 def read_config(folder):
-    """config.json of a checkpoint -> GPTConfig. A key that would change the computation is honoured or refused."""
+    """config.json of a checkpoint -> GPTConfig. ValueError for a key that would change the computation unseen."""
     path = Path(folder, "config.json")
     check(path.is_file(), f"{folder}: no model there, it has no config.json (it has {found_in(folder)})")
     content = read_json(path)
@@ -153,12 +168,7 @@ def parse_config(content):
     """The content of a config.json -> GPTConfig."""
     kind = content.get("model_type")
     check(kind in list(FAMILIES), f"model_type is {kind!r}; it must be one of {', '.join(FAMILIES)}")
-    family, rest = FAMILIES[kind], dict(content)
-    rope = rest.pop("rope_parameters", None) or {}      # how transformers 5 writes rope_theta and rope_scaling
-    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default" and rope.keys() <= {"rope_type", "rope_theta"}
-    check(plain, f"rope_parameters {rope} are not supported, only rope_type default is")
-    if "rope_theta" in rope:
-        rest.setdefault("rope_theta", rope["rope_theta"])
+    family, rest = FAMILIES[kind], plain_rope(content)
     fields = dict(family.fixed)
     for key, name in family.keys.items():
         check(key in rest or key in family.defaults or name in fields, f"{key} is missing")
@@ -173,6 +183,18 @@ def parse_config(content):
         harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
         check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
     return GPTConfig(**fields)
+
+
+def plain_rope(content):
+    """config.json with rope_theta, as transformers 4 wrote it, in place of the rope_parameters of transformers 5."""
+    content = dict(content)
+    rope = content.pop("rope_parameters", None) or {}
+    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
+    check(plain and rope.keys() <= {"rope_type", "rope_theta"},
+          f"rope_parameters {rope} are not supported, only rope_type default is")
+    if "rope_theta" in rope:
+        content.setdefault("rope_theta", rope["rope_theta"])
+    return content
 
 
 def parse_value(key, name, value):
@@ -227,9 +249,10 @@ def layout(config):
 
 
 def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
-    """A checkpoint's folder -> GPT, frozen: linear layers of the blocks in storage (quant.Storage; None: in dtype), all else in dtype.
+    """A checkpoint's folder -> GPT, frozen.
 
-    dtype: of the computation. Weights are read, checked and quantized one at a time.
+    dtype: of the computation, and of all weights but those in storage. storage: a quant.Storage for the linear layers of
+    the blocks, or None. ValueError names what is missing, not known or damaged.
     """
     config = read_config(path)
     with torch.device("meta"):
@@ -253,8 +276,9 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
         elif not BUFFERS.search(theirs):
             unknown.append(theirs)
     missing = [name for name, (ours, _) in names.items() if not hashes.keys() >= set(ours)]
-    problems = [f"{len(found)} tensors {what}: {some(found)}" for what, found in (("missing", missing), ("not known", unknown)) if found]
-    check(not problems, f"{path}: {'; '.join(problems)}")
+    problems = {"missing": missing, "not known": unknown}
+    told = [f"{len(found)} tensors {what}: {some(found)}" for what, found in problems.items() if found]
+    check(not told, f"{path}: {'; '.join(told)}")
     same = head is None or torch.equal(head.to(dtype), model.embed.tokens.weight.cpu())
     check(same, f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     quant.forget()
@@ -290,14 +314,16 @@ def set_parameter(model, name, value, dtype, storage):
 
 
 def save_base(model, folder, extra=None):
-    """Writes a model without methods (or merged) as a checkpoint that transformers loads: config.json and model.safetensors.
+    """Writes a model without methods (or merged) as a checkpoint for transformers: config.json and model.safetensors.
 
     The type is the embedding's. extra: more keys for config.json.
     """
     folder, config = Path(folder), model.config
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(model.named_parameters())
-    weights |= {f"{name}.weight": m.weight_q for name, m in model.named_modules() if isinstance(m, quant.QuantLinear)}
+    for name, module in model.named_modules():
+        if isinstance(module, quant.QuantLinear):
+            weights[f"{name}.weight"] = module.weight_q
     dtype, tensors = model.head.weight.dtype, {}
     for name, (ours, transposed) in layout(config).items():
         parts = [weights[n] for n in ours]

@@ -108,10 +108,10 @@ def read_json(path):
     return content
 
 
-# A file of this project is a zip archive of torch.save. Its last field is a comment that tools skip; save_file gives the
-# comment its length, the archive's last two bytes, and appends it:
+# A file of this project is a zip archive of torch.save with a comment, which a zip archive may end with:
 #
-#   | archive of torch.save, uncompressed .. | 64 as uint16, little-endian | SHA-256 of all before, 64 hexadecimal digits |
+#   | archive of torch.save, uncompressed | 64 as uint16, little-endian | SHA-256 of all before it, |
+#   |                                     | (the comment's length)      | 64 hexadecimal digits     |
 
 
 def torch_bytes(content):
@@ -150,9 +150,10 @@ def read_file(path):
 
 # A safetensors file:
 #
-#   | N as uint64, little-endian: 8 bytes | header: N bytes of JSON | tensors, one after the other, without gaps |
+#   | N as uint64, little-endian | header: N bytes of JSON | tensors, one after the other, without gaps |
 #
-# The header is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}, with offsets counted from its end.
+# The header is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}, where the offsets are
+# counted from the header's end.
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
           "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}

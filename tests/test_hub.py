@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-import hub
 import peft
 import quant
 from conftest import FAMILIES, ROOT, tiny
