@@ -19,8 +19,8 @@ from lib.config import Config, read_toml, run_main, write_toml
 
 def parse(args):
     """The command line: a command and its folders."""
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     commands = parser.add_subparsers(dest="command", required=True)
     show, export, import_, add, merge = map(commands.add_parser, ("show", "export", "import", "add", "merge"))
     add.add_argument("runs", nargs="+", help="runs with LoRA alone; the first one's configuration is kept")
@@ -173,8 +173,8 @@ def lora_to_peft(methods, options, tensors, config):
     for module, layers in linear_layers(config).items():
         for i in range(config.n_layer):
             stacked = stack_lora(tensors, f"blocks.{i}", layers)
-            out |= {f"base_model.model.{family.block(i)}{module}.{name}": t for name, t in stacked.items()}
-            if stacked:
+            for name, t in stacked.items():
+                out[f"base_model.model.{family.block(i)}{module}.{name}"] = t
                 ranks[module] = len(stacked["lora_A.weight"])
     if "bitfit" in methods:
         wrapped = tuple(f".{module}.bias" for module in ranks)

@@ -32,12 +32,12 @@ from model import GPT, GPTConfig
 class Family:
     """How one family's checkpoints say what a GPTConfig and a GPT hold.
 
-    keys         key of config.json -> field of GPTConfig; where two keys name one field they must agree
-    fixed        field of GPTConfig -> its value in all models of the family
-    defaults     key -> its value where config.json lacks it; the other keys must be there
-    required     key -> the only value that is supported, and the meaning of its absence
-    modules      their module outside the blocks -> ours
-    block_modules  their module in a block -> ours, or several of ours that lie one on top of the other in theirs
+    keys            key of config.json -> field of GPTConfig; where two keys name one field they must agree
+    fixed           field of GPTConfig -> its value in all models of the family
+    defaults        key -> its value where config.json lacks it; the other keys must be there
+    required        key -> the only value that is supported, and the meaning of its absence
+    modules         their module outside the blocks -> ours
+    block_modules   their module in a block -> ours, or several of ours that lie one on top of the other in theirs
     """
     name: str                     # model_type in config.json
     architecture: str             # the class in transformers, for `architectures`
@@ -276,9 +276,9 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
         elif not BUFFERS.search(theirs):
             unknown.append(theirs)
     missing = [name for name, (ours, _) in names.items() if not hashes.keys() >= set(ours)]
-    problems = {"missing": missing, "not known": unknown}
-    told = [f"{len(found)} tensors {what}: {some(found)}" for what, found in problems.items() if found]
-    check(not told, f"{path}: {'; '.join(told)}")
+    lists = {"missing": missing, "not known": unknown}
+    problems = [f"{len(found)} tensors {what}: {some(found)}" for what, found in lists.items() if found]
+    check(not problems, f"{path}: {'; '.join(problems)}")
     same = head is None or torch.equal(head.to(dtype), model.embed.tokens.weight.cpu())
     check(same, f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
     quant.forget()
