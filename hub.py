@@ -1,304 +1,419 @@
 """
-The door to Hugging Face's world: checkpoints in and out, adapters in PEFT's and AdapterHub's layout in and out.
+The door for adapters: out to PEFT's and AdapterHub's layouts and in from there, looked at, added, merged.
 
-    python hub.py show out/qlora                             # what is in an adapter
+    python hub.py show out/qlora                            # what is in an adapter
     python hub.py export out/qlora DIR --layout peft         # or adapterhub; loads with PeftModel.from_pretrained
     python hub.py import DIR out/x --base DIR                # the same layouts in, as a run for sample.py and evaluate.py
+    python hub.py add out/x out/y out/z --weights 1 0.5      # LoRA adapters of one base added up, as the run out/z
     python hub.py merge out/qlora DIR                        # base and adapter as one plain checkpoint, with its tokenizer
+    python hub.py merge out/qlora DIR --requantize           # in the base's storage, and what that does to the logits
 
-A base is read strictly: every tensor is used and every parameter is set, or it is refused with the names. The safetensors
-format is a length, a JSON header and bytes; it is read here by hand, so that a tensor is in memory once and not mapped
-as well, and its sizes are checked before anything is allocated.
+Nothing that is there already is written over.
 """
 
 import argparse
-import io
-import json
+import sys
+
+from lib.config import Config, read_toml, run_main, write_toml
+
+
+def parse(args):
+    """The command line: a command and its folders."""
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    commands = parser.add_subparsers(dest="command", required=True)
+    show, export, import_, add, merge = map(commands.add_parser, ("show", "export", "import", "add", "merge"))
+    add.add_argument("runs", nargs="+", help="runs with LoRA alone; the first one's configuration is kept")
+    for command in (show, export, add, merge):
+        command.add_argument("run")
+    for command in (export, import_, merge):
+        command.add_argument("folder")
+    import_.add_argument("run")
+    export.add_argument("--layout", default="peft", choices=("peft", "adapterhub"))
+    export.add_argument("--name", default="nanopeft", help="of the adapter, in AdapterHub's layout")
+    import_.add_argument("--base", required=True)
+    add.add_argument("--weights", nargs="+", type=float, help="a number for each run; none: 1 for each")
+    merge.add_argument("--requantize", action="store_true", help="store the merged weights as the base was stored")
+    return parser.parse_args(args)
+
+
+if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
+    ARGS = parse(sys.argv[1:])
+
+import dataclasses
+import functools
 import math
 import re
-import sys
+import shlex
+from itertools import product
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-import peft
 import data
+import peft
 from lib import run as runs
-from lib.checkpoint import PREFIX, family_of, layout, load_base, long_name, read_config, save_base
-from lib.config import Config, read_toml, run_main, write_toml
-from lib.files import check, read_json, read_tensors, some, write_atomic, write_safetensors
+from lib.checkpoint import FAMILIES, family_of, layout, load_base, read_config, save_base
+from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes,
+                       write_atomic, write_json, write_safetensors)
+from model import GPT
 
 # -----------------------------------------------------------------------------
-# configurations: the key in config.json for each of our fields, and what must hold of the other keys
-
-
-# -----------------------------------------------------------------------------
-# names: their tensor -> our tensors. Several of ours lie in one of theirs side by side; GPT-2's Conv1D keeps weights as (in, out)
-
-
-# -----------------------------------------------------------------------------
-# files of tensors
-
-
-#   safetensors:  8 bytes: N, little-endian  |  N bytes of JSON {name: {dtype, shape, data_offsets [begin, end)}}  |  data
-
-
-# -----------------------------------------------------------------------------
-# bases
-
-
-# -----------------------------------------------------------------------------
-# adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors
+# adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, which holds
 #
-#   LoRA    h = W x + s B A x of several of our layers that lie in one of theirs (GPT-2's c_attn): A stacked, B in blocks, zero rows
-#           for a layer without; the rank is then the sum, and alpha grows with it
-#   (IA)3   GPT-2's c_attn scales [ones; l_k; l_v]
-#   prefix  (n, 2 L kv) viewed as (n, 2 L, heads, head_dim): keys of layer l at 2 l, values at 2 l + 1
+#   LoRA      MODULE.lora_A.weight (r, in), MODULE.lora_B.weight (out, r); h = W x + s B A x, s = lora_alpha/r
+#             GPT-2's c_attn holds W_q, W_k and W_v one on top of the other. LoRAs of q and v are there one
+#             LoRA of the ranks' sum, which has the same s because lora_alpha grows as the rank does:
+#
+#                 A = | A_q |      B = | B_q   0  |
+#                     | A_v |          |  0    0  |
+#                                      |  0   B_v |
+#
+#   DoRA      and MODULE.lora_magnitude_vector (out,): of c_attn m_q, m_k and m_v, one after the other
+#   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
+#   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
+#   prompt    prompt_embeddings (n, n_embd)
+#   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
+#             its values at 2 l + 1
+#
+# where MODULE is base_model.model. and a module's name in the base's checkpoint.
 
-ALWAYS = {"task_type": "CAUSAL_LM", "inference_mode": True}
+LORA_SUFFIXES = {"lora_A": "A", "lora_B": "B", "lora_magnitude_vector": "m"}
+IA3_VECTORS = {"attn.k": "l_k", "attn.v": "l_v", "ffn.down": "l_ff"}      # layer -> the vector that scales it
+ELSEWHERE = {"adapter": "; bottleneck adapters go to --layout adapterhub",
+             "full": "; a tuned base is written by python hub.py merge",
+             "top": "; a tuned base is written by python hub.py merge"}
 
 
-def their_linears(config):
-    """{their module name: our module names} of the linear layers of block 0, without "h.0." or "layers.0."."""
-    start = "h.0." if family_of(config) == "gpt2" else "layers.0."
-    return {name.removeprefix(start).removesuffix(".weight"): [n.removeprefix("blocks.0.").removesuffix(".weight") for n in ours]
-            for name, (ours, _) in layout(config).items() if name.startswith(start) and name.endswith("weight") and len(ours[0].split(".")) == 5}
+@functools.cache
+def linear_layers(config):
+    """{their module of a block: {our layer: rows of its weight}}, top to bottom, of the linear layers."""
+    with torch.device("meta"):
+        block = GPT(dataclasses.replace(config, n_layer=1)).blocks[0]
+    return {module: {name: block.get_submodule(name).out_features for name in layers}
+            for module, layers in family_of(config).linears().items()}
 
 
-def in_peft(config, i, name):
-    """blocks' layer i, module or tensor name as PEFT writes it."""
-    return f"base_model.model.{PREFIX[family_of(config)]}{'h' if family_of(config) == 'gpt2' else 'layers'}.{i}.{name}"
+def scaled_layers(config):
+    """linear_layers, but only those that (IA)3 scales."""
+    return {module: layers for module, layers in linear_layers(config).items() if layers.keys() & IA3_VECTORS}
+
+
+def prefix_names(config):
+    """Our names of a prefix's keys and values, in the order of PEFT's layout."""
+    return [f"blocks.{i}.attn.prefix.{name}" for i in range(config.n_layer) for name in ("s_k", "s_v")]
+
+
+def bias_names(config):
+    """{PEFT's name: our names} of every bias of the base."""
+    tensors = layout(config).items()
+    return {f"base_model.model.{theirs}": ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
 
 
 def to_peft(content, config):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for what PEFT has no place for."""
-    methods, options, t = set(content["method"].replace("qlora", "lora").split("+")), content["options"], content["tensors"]
-    if family_of(config) == "opt":
-        raise ValueError("export of adapters is for gpt2 and llama bases, not opt")
-    layers, gpt2 = range(config.n_layer), family_of(config) == "gpt2"
-    if methods == {"prompt"}:
-        return virtual_config("PROMPT_TUNING", len(t["embed.P"]), config), {"prompt_embeddings": t["embed.P"]}
-    if methods == {"prefix"}:
-        if options["prefix_style"] != "after":
-            raise ValueError("a prefix before the projection has no place in PEFT's layout, which stores keys and values; train with --prefix_style after")
-        rows = [t[f"blocks.{i}.attn.prefix.{s}"] for i in layers for s in ("s_k", "s_v")]
-        return virtual_config("PREFIX_TUNING", options["prefix_length"], config) | {"prefix_projection": False, "encoder_hidden_size": config.n_embd}, {"prompt_embeddings": torch.cat(rows, 1)}
-    if methods == {"ia3"}:
-        return ia3_to_peft(t, config, layers, gpt2)
-    if methods in ({"lora"}, {"bitfit"}, {"lora", "bitfit"}):
-        return lora_to_peft(methods, options, t, config, layers, gpt2)
-    reason = {"adapter": "bottleneck adapters go to --layout adapterhub", "full": "a tuned base is written by python hub.py merge", "top": "a tuned base is written by python hub.py merge"}
-    raise ValueError(f"{content['method']} has no place in PEFT's layout" + "".join(f"; {why}" for method, why in reason.items() if method in methods))
+    method, options, tensors = content["method"], content["options"], content["tensors"]
+    methods = set(method.split("+"))
+    if method == "prompt":
+        settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"], config)
+    elif method == "prefix":
+        check(options["prefix_style"] == "after", "a prefix before the projection has no place in PEFT's layout, which "
+              "stores keys and values; train with --prefix_style after")
+        keys_and_values = torch.cat([tensors[name] for name in prefix_names(config)], 1)
+        settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, config)
+        settings |= {"prefix_projection": False, "encoder_hidden_size": config.n_embd}
+    elif method == "ia3":
+        settings, out = ia3_to_peft(tensors, config)
+    elif methods - {"bitfit"} in ({"lora"}, {"dora"}, set()):
+        settings, out = lora_to_peft(methods, options, tensors, config)
+    else:
+        hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
+        raise ValueError(f"{method} has no place in PEFT's layout{hint}")
+    return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
 
 
-def virtual_config(kind, n, config):
-    """adapter_config.json of n virtual tokens: a prompt's or a prefix's."""
-    return ALWAYS | {"peft_type": kind, "num_virtual_tokens": n, "token_dim": config.n_embd, "num_layers": config.n_layer, "num_transformer_submodules": 1,
-                     "num_attention_heads": config.kv_heads if kind == "PREFIX_TUNING" and config.kv_heads == config.n_head else config.n_head}
+def virtual_to_peft(kind, embeddings, config):
+    """(adapter_config, tensors) of virtual tokens: a prompt's or a prefix's."""
+    settings = {"peft_type": kind, "num_virtual_tokens": len(embeddings), "num_transformer_submodules": 1,
+                "token_dim": config.n_embd, "num_layers": config.n_layer, "num_attention_heads": config.n_head}
+    return settings, {"prompt_embeddings": embeddings}
 
 
-def ia3_to_peft(t, config, layers, gpt2):
-    """(tensors, configuration) of (IA)3; GPT-2's fused c_attn gets ones for the queries."""
-    c_attn = "attn.c_attn" if gpt2 else None
-    names = {"k": c_attn or "self_attn.k_proj", "v": c_attn or "self_attn.v_proj", "down": "mlp.c_proj" if gpt2 else "mlp.down_proj"}
-    tensors = {}
-    for i in layers:
-        l_k, l_v, l_ff = (t[f"blocks.{i}.{n}"] for n in ("attn.k.l_k", "attn.v.l_v", "ffn.down.l_ff"))
-        if gpt2:
-            tensors[in_peft(config, i, c_attn) + ".ia3_l"] = torch.cat((torch.ones(config.n_embd), l_k, l_v))[:, None]
-        else:
-            tensors |= {in_peft(config, i, names[n]) + ".ia3_l": l[:, None] for n, l in (("k", l_k), ("v", l_v))}
-        tensors[in_peft(config, i, names["down"]) + ".ia3_l"] = l_ff[None]
-    return ALWAYS | {"peft_type": "IA3", "target_modules": sorted(set(names.values())), "feedforward_modules": [names["down"]], "fan_in_fan_out": gpt2}, tensors
+def ia3_to_peft(tensors, config):
+    """(adapter_config, tensors) of (IA)3; a layer that it does not scale gets ones where PEFT's module holds it."""
+    modules, family, out = scaled_layers(config), family_of(config), {}
+    feedforward = [module for module, layers in modules.items() if "ffn.down" in layers]
+    for i in range(config.n_layer):
+        for module, layers in modules.items():
+            vectors = []
+            for name, rows in layers.items():
+                vector = f"blocks.{i}.{name}.{IA3_VECTORS.get(name)}"
+                vectors.append(tensors.get(vector, torch.ones(rows)))
+            dim = 0 if module in feedforward else 1
+            out[f"base_model.model.{family.block(i)}{module}.ia3_l"] = torch.cat(vectors).unsqueeze(dim)
+    settings = {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": feedforward,
+                "fan_in_fan_out": family.transposed}
+    return settings, out
 
 
-def lora_to_peft(methods, options, t, config, layers, gpt2):
-    """(tensors, configuration) of LoRA, BitFit or both; what is apart here and fused there becomes one LoRA of the ranks' sum."""
-    tensors, ranks, sizes = {}, {}, {}
-    s = peft.scale_of(options) if "lora" in methods else 1.0
-    linears = their_linears(config)
-    for theirs, ours in linears.items():
-        present = [n for n in ours if f"blocks.0.{n}.A" in t]
-        for i in layers if present else ():
-            A = torch.cat([t[f"blocks.{i}.{n}.A"] for n in present])
-            out = {n: len(t[f"blocks.{i}.{present[0]}.B"]) for n in ours}      # GPT-2's q, k and v are of one size; elsewhere there is one
-            B = torch.block_diag(*(t[f"blocks.{i}.{n}.B"] if n in present else torch.zeros(out[n], 0) for n in ours))
-            name = in_peft(config, i, theirs)
-            tensors |= {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
-            ranks[theirs] = len(A)
-    if not ranks:                                                # BitFit: PEFT trains biases beside a LoRA, here one of zeros
-        theirs, ours = next((theirs, ours) for theirs, ours in linears.items())
-        for i in layers:
-            name = in_peft(config, i, theirs)
-            tensors |= {f"{name}.lora_A.weight": torch.zeros(1, config.n_embd), f"{name}.lora_B.weight": torch.zeros(3 * config.n_embd, 1)}
-        ranks[theirs] = 1
-    r = max(ranks.values())
+def lora_to_peft(methods, options, tensors, config):
+    """(adapter_config, tensors) of LoRA or DoRA, of BitFit, or of both."""
+    if methods == {"bitfit"}:      # PEFT trains biases beside a LoRA, which is here one of zeros on the queries
+        options = {"rank": 1, "alpha": 1.0, "rslora": False}
+        A, B = torch.zeros(1, config.n_embd), torch.zeros(config.n_head * config.d_head, 1)
+        for i in range(config.n_layer):
+            tensors = tensors | {f"blocks.{i}.attn.q.A": A, f"blocks.{i}.attn.q.B": B}
+    family, ranks, out = family_of(config), {}, {}
+    for module, layers in linear_layers(config).items():
+        for i in range(config.n_layer):
+            stacked = stack_lora(tensors, f"blocks.{i}", layers)
+            for name, t in stacked.items():
+                out[f"base_model.model.{family.block(i)}{module}.{name}"] = t
+                ranks[module] = len(stacked["lora_A.weight"])
     if "bitfit" in methods:
-        for theirs, (ours, _) in layout(config).items():
-            if theirs.endswith(".bias"):
-                module = theirs.removesuffix(".bias")
-                wrapped = any(module.endswith("." + target) for target in ranks)
-                tensors[f"base_model.model.{long_name(module, config)}{'.base_layer' if wrapped else ''}.bias"] = torch.cat([t[n] for n in ours])
-    differ = {name: n for name, n in ranks.items() if n != r}
-    return ALWAYS | {"peft_type": "LORA", "r": r, "lora_alpha": s * r, "target_modules": sorted(ranks), "lora_dropout": options.get("dropout", 0.0),
-                     "bias": "all" if "bitfit" in methods else "none", "fan_in_fan_out": gpt2, "use_rslora": False, "use_dora": False, "modules_to_save": None,
-                     "rank_pattern": differ, "alpha_pattern": {name: s * n for name, n in differ.items()}}, tensors
+        wrapped = tuple(f".{module}.bias" for module in ranks)
+        for name, ours in bias_names(config).items():
+            within = ".base_layer.bias" if name.endswith(wrapped) else ".bias"
+            out[name.removesuffix(".bias") + within] = torch.cat([tensors[n] for n in ours])
+    s, r = peft.scale_of(options), max(ranks.values())
+    others = {module: rank for module, rank in ranks.items() if rank != r}
+    settings = {
+        "peft_type": "LORA", "r": r, "lora_alpha": s * r, "use_rslora": False, "use_dora": "dora" in methods,
+        "rank_pattern": others, "alpha_pattern": {module: s * rank for module, rank in others.items()},
+        "target_modules": sorted(ranks), "modules_to_save": None, "lora_dropout": options.get("dropout", 0.0),
+        "bias": "all" if "bitfit" in methods else "none", "fan_in_fan_out": family.transposed}
+    return settings, out
 
 
-# what an adapter_config.json may say without changing what is computed; anything else that is set is refused
-KNOWN = set("""peft_type task_type base_model_name_or_path inference_mode auto_mapping revision peft_version lora_dropout init_lora_weights init_ia3_weights loftq_config
-    eva_config corda_config lora_ga_config megatron_core runtime_config num_virtual_tokens token_dim num_layers num_attention_heads num_transformer_submodules
-    prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora
-    rank_pattern alpha_pattern feedforward_modules layers_pattern random_init encoder_reparameterization_type qalora_group_size""".split())
+def stack_lora(tensors, block, layers):
+    """{name in PEFT's layout: tensor} of the one LoRA that does what the layers' LoRAs do; {} where there are none."""
+    wrapped = [f"{block}.{name}" for name in layers if f"{block}.{name}.A" in tensors]
+    if not wrapped:
+        return {}
+    B = [tensors.get(f"{block}.{name}.B", torch.zeros(rows, 0)) for name, rows in layers.items()]
+    stacked = {"lora_A.weight": torch.cat([tensors[f"{name}.A"] for name in wrapped]), "lora_B.weight": torch.block_diag(*B)}
+    magnitudes = [tensors[f"{name}.m"] for name in wrapped if f"{name}.m" in tensors]
+    if magnitudes:
+        names = ",".join(name.rpartition(".")[2] for name in layers)
+        check(len(magnitudes) == len(layers), f"DoRA on a part of {names} has no place in PEFT's layout, which holds these "
+              f"in one module and the magnitudes of all; train with --targets containing {names}")
+        stacked["lora_magnitude_vector"] = torch.cat(magnitudes)
+    return stacked
+
+
+# keys of adapter_config.json that are read below or change nothing in what is computed; any other is refused
+KNOWN = set("""
+    peft_type task_type base_model_name_or_path inference_mode auto_mapping revision peft_version
+    lora_dropout init_lora_weights init_ia3_weights loftq_config eva_config corda_config lora_ga_config
+    megatron_core runtime_config num_virtual_tokens token_dim num_layers num_attention_heads
+    num_transformer_submodules prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path
+    tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora use_dora
+    rank_pattern alpha_pattern feedforward_modules layers_pattern random_init
+    encoder_reparameterization_type qalora_group_size
+""".split())
 
 
 def from_peft(folder, config):
-    """(method, options, tensors) of a folder in PEFT's layout."""
-    said = read_json(Path(folder, "adapter_config.json"))
-    files = [Path(folder, name) for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    file = next((f for f in files if f.is_file()), None)
-    if file is None:
-        raise ValueError(f"{folder}: neither adapter_model.safetensors nor adapter_model.bin is there")
-    strange = [key for key, value in said.items() if key not in KNOWN and value not in (None, False, [], {}, "")]
-    if strange:
-        raise ValueError(f"{folder}/adapter_config.json: {strange[0]} is {said[strange[0]]!r}, which this code does not know")
+    """(method, options, tensors) of a folder in PEFT's layout; peft.load_state then checks that they are complete."""
+    settings = read_json(Path(folder, "adapter_config.json"))
+    file = Path(folder, "adapter_model.safetensors")
+    if not file.is_file():
+        file = Path(folder, "adapter_model.bin")
+    check(file.is_file(), f"{folder}: neither adapter_model.safetensors nor adapter_model.bin is there")
     tensors = {name: t.float() for name, t in read_tensors(file)}
-    kind, gpt2 = said.get("peft_type"), family_of(config) == "gpt2"
-    if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-        check(tensors.keys() == {"prompt_embeddings"} and tensors["prompt_embeddings"].dim() == 2, f"{file}: must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
-        P = tensors["prompt_embeddings"]
-        width = config.n_embd if kind == "PROMPT_TUNING" else 2 * config.n_layer * config.kv_heads * config.d_head
-        check(P.size(1) == width, f"{file}: prompt_embeddings has shape {tuple(P.shape)}; this base makes it (n, {width})")
-        if kind == "PROMPT_TUNING":
-            return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
-        names = [f"blocks.{i}.attn.prefix.{s}" for i in range(config.n_layer) for s in ("s_k", "s_v")]
-        return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, dict(zip(names, P.chunk(2 * config.n_layer, 1)))
-    check(kind in ("LORA", "IA3"), f"{folder}/adapter_config.json: peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
-    modules = {}
-    start = in_peft(config, 0, "").split("0.")[0]
+    with located(folder):
+        for key, value in settings.items():
+            harmless = key in KNOWN or value in (None, False, [], {}, "")
+            check(harmless, f"{key} is {value!r}, which this code does not know")
+        kind = settings.get("peft_type")
+        if kind == "LORA":
+            return lora_from_peft(settings, tensors, config)
+        if kind == "IA3":
+            return ia3_from_peft(tensors, config)
+        if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
+            return virtual_from_peft(kind, tensors, config)
+        raise ValueError(f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+
+
+def virtual_from_peft(kind, tensors, config):
+    """(method, options, tensors) of a prompt or a prefix."""
+    P = tensors.get("prompt_embeddings", torch.zeros(()))
+    alone = len(tensors) == 1 and P.dim() == 2
+    check(alone, f"must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
+    if kind == "PROMPT_TUNING":
+        return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
+    keys_and_values = dict(zip(prefix_names(config), P.chunk(2 * config.n_layer, 1)))
+    return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, keys_and_values
+
+
+def linear_tensors(tensors, config, suffixes):
+    """Yields (module, i, suffix, tensor) of linear layers' tensors in PEFT's layout. Any other one is refused."""
+    start, end = map(re.escape, family_of(config).block(0).split("0"))
+    pattern = re.compile(rf"base_model\.model\.{start}(\d+){end}(.+)\.({suffixes})(?:\.weight)?")
     for name, t in tensors.items():
-        match = re.fullmatch(re.escape(start) + r"(\d+)\.(.+)\.(lora_A|lora_B|ia3_l)(?:\.weight)?", name)
-        if match and int(match[1]) < config.n_layer and match[2] in their_linears(config):
-            modules.setdefault(match[2], {}).setdefault(int(match[1]), {})[match[3]] = t
-        elif not (name.endswith(".bias") and said.get("bias") in ("all", "lora_only")):
-            raise ValueError(f"{file}: {name} is no tensor of a {family_of(config)} adapter with {config.n_layer} layers")
-    for module, found in modules.items():
-        wanted = {"lora_A", "lora_B"} if kind == "LORA" else {"ia3_l"}
-        check(len(found) == config.n_layer and all(part.keys() == wanted for part in found.values()), f"{file}: {module} is not complete in all {config.n_layer} layers")
-    return ia3_from_peft(modules, config, file, gpt2) if kind == "IA3" else lora_from_peft(said, modules, tensors, config, file)
+        match = pattern.fullmatch(name)
+        there = match and int(match[1]) < config.n_layer and match[2] in linear_layers(config)
+        check(there and t.dim(), f"{name} is no tensor of a {family_of(config).name} adapter with {config.n_layer} layers")
+        yield match[2], match[1], match[3], t
 
 
-def ia3_from_peft(modules, config, file, gpt2):
-    """(IA)3's vectors under our names, from {module: {layer: {suffix: tensor}}}."""
-    k, v, down = ("attn.c_attn", "attn.c_attn", "mlp.c_proj") if gpt2 else ("self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj")
-    check(modules.keys() == {k, v, down}, f"{file}: (IA)3 on {', '.join(sorted(modules))}; only {', '.join(sorted({k, v, down}))} can be read")
-    tensors = {}
-    for i in range(config.n_layer):
-        l = {name: modules[name][i]["ia3_l"].flatten() for name in (k, v, down)}
-        if gpt2:
-            one, l_k, l_v = l[k].chunk(3)
-            check(bool((one == 1).all()), f"{file}: layer {i} scales the queries as well, which (IA)3 here does not")
-        else:
-            l_k, l_v = l[k], l[v]
-        tensors |= {f"blocks.{i}.attn.k.l_k": l_k, f"blocks.{i}.attn.v.l_v": l_v, f"blocks.{i}.ffn.down.l_ff": l[down]}
-    return "ia3", {}, {name: t.contiguous() for name, t in tensors.items()}
+def split_rows(tensor, layers, where):
+    """A module's tensor -> {our layer: its rows}."""
+    rows = list(layers.values())
+    check(len(tensor) == sum(rows), f"{where} has {len(tensor)} rows; this base makes it {sum(rows)}")
+    return dict(zip(layers, tensor.split(rows)))
 
 
-def lora_from_peft(said, modules, tensors, config, file):
-    """One rank and scale for all: a smaller rank is filled up with zeros, another scale goes into B."""
-    check(modules, f"{file}: no LoRA in it")
+def ia3_from_peft(tensors, config):
+    """(method, options, tensors) of (IA)3, whose vectors must scale what they scale here and nothing else."""
+    modules, out = scaled_layers(config), {}
+    for module, i, _, l in linear_tensors(tensors, config, "ia3_l"):
+        check(module in modules, f"(IA)3 on {module}; only {', '.join(sorted(modules))} can be read")
+        layers, l = modules[module], l.flatten()
+        vectors = {"ffn.down": l} if "ffn.down" in layers else split_rows(l, layers, f"{module} of layer {i}")
+        for name, vector in vectors.items():
+            if name in IA3_VECTORS:
+                out[f"blocks.{i}.{name}.{IA3_VECTORS[name]}"] = vector
+            else:
+                ones = bool((vector == 1).all())
+                check(ones, f"layer {i} scales the queries as well, which (IA)3 here does not")
+    return "ia3", {}, out
+
+
+def lora_from_peft(settings, tensors, config):
+    """(method, options, tensors) of LoRA, DoRA or BitFit.
+
+    One rank and one scale are for all here: a smaller rank is filled up with zeros, another scale goes into B.
+    """
     for key in ("r", "lora_alpha"):
-        check(isinstance(said.get(key), (int, float)) and said[key] > 0, f"{file.parent}/adapter_config.json: {key} is {said.get(key)!r}; it must be a positive number")
-    linears, out = their_linears(config), {}
-    rank = max(len(found[0]["lora_A"]) for found in modules.values())
-    s = said["lora_alpha"] / (math.sqrt(rank) if said.get("use_rslora") else rank)
-    pattern = lambda key, module, default: next((n for end, n in (said.get(key) or {}).items() if re.fullmatch(rf"(.*\.)?{end}", module)), default)
-    for module, found in modules.items():
-        r, alpha = pattern("rank_pattern", module, said["r"]), pattern("alpha_pattern", module, said["lora_alpha"])
-        ratio = alpha / (math.sqrt(r) if said.get("use_rslora") else r) / s
-        for i, part in found.items():
-            A, B = part["lora_A"], part["lora_B"]
-            check(len(A) == r == B.size(-1), f"{file}: {module} of layer {i} has rank {len(A)} and {B.size(-1)}; adapter_config.json says {r}")
-            check(B.size(0) % len(linears[module]) == 0, f"{file}: {module} of layer {i} has {B.size(0)} rows")
-            for ours, rows in zip(linears[module], B.chunk(len(linears[module]))):
-                out[f"blocks.{i}.{ours}.A"] = torch.cat((A, A.new_zeros(rank - r, A.size(1))))
-                out[f"blocks.{i}.{ours}.B"] = torch.cat((rows * ratio, rows.new_zeros(len(rows), rank - r)), 1)
+        value = settings.get(key)
+        check(isinstance(value, (int, float)) and value > 0, f"{key} is {value!r}; it must be a positive number")
+    common = {"rank": settings["r"], "alpha": settings["lora_alpha"], "rslora": bool(settings.get("use_rslora"))}
+    biases = take_biases(tensors, config)
+    found = list(linear_tensors(tensors, config, "|".join(LORA_SUFFIXES)))
+    rank = max((len(t) for _, _, suffix, t in found if suffix == "lora_A"), default=0)
+    check(rank, "no LoRA in it")
+    s, out = peft.scale_of(common | {"rank": rank}), {}
+    for module, i, suffix, t in found:
+        own = common | patterned(settings, module)
+        where, padding = f"{module} of layer {i}", rank - own["rank"]
+        layers = linear_layers(config)[module]
+        if suffix == "lora_A":
+            right = t.dim() == 2 and len(t) == own["rank"]
+            check(right, f"{where} has rank {len(t)}; adapter_config.json says {own['rank']}")
+            parts = dict.fromkeys(layers, F.pad(t, (0, 0, 0, padding)))
+        else:
+            parts = split_rows(t, layers, where)
+        for name, part in parts.items():
+            if suffix == "lora_B":
+                part = F.pad(part * (peft.scale_of(own) / s), (0, padding))
+            out[f"blocks.{i}.{name}.{LORA_SUFFIXES[suffix]}"] = part
+    if biases and not any(t.any() for name, t in out.items() if name.endswith(".B")):
+        return "bitfit", {}, biases
+    dora = settings.get("use_dora", False)
+    magnitudes = sum(name.endswith(".m") for name in out)
+    check(bool(dora) == bool(magnitudes), f"use_dora is {dora!r}, but {magnitudes} magnitude vectors are there")
     targets = ",".join(dict.fromkeys(name.split(".")[3] for name in out))
-    options = {"rank": rank, "alpha": s * rank, "targets": targets, "dropout": float(said.get("lora_dropout", 0.0))}
-    biases = {name: t for name, t in tensors.items() if name.endswith(".bias")}
-    if not biases:
-        return "lora", options, out
-    for theirs, (ours, _) in layout(config).items():
-        if theirs.endswith(".bias"):
-            module = f"base_model.model.{long_name(theirs.removesuffix('.bias'), config)}"
-            t = biases.pop(f"{module}.bias", biases.pop(f"{module}.base_layer.bias", None))
-            check(t is not None and t.dim() == 1 and len(t) % len(ours) == 0, f"{file}: the bias of {theirs.removesuffix('.bias')} is missing; only bias \"all\" can be read")
-            out |= dict(zip(ours, t.chunk(len(ours))))
-    check(not biases, f"{file}: {len(biases)} biases that this base does not have: {some(biases)}")
-    if all(not t.any() for name, t in out.items() if name.endswith(".B")):
-        return "bitfit", {}, {name: t for name, t in out.items() if name.endswith(".bias")}
-    return "bitfit+lora", options, out
+    options = {"rank": rank, "alpha": s * rank, "targets": targets, "dropout": float(settings.get("lora_dropout") or 0.0)}
+    method = "dora" if dora else "lora"
+    return f"bitfit+{method}" if biases else method, options, out | biases
+
+
+def patterned(settings, module):
+    """A module's own "rank" and "alpha", where rank_pattern and alpha_pattern name it."""
+    own = {}
+    for name in ("rank", "alpha"):
+        for end, value in (settings.get(f"{name}_pattern") or {}).items():
+            if re.fullmatch(rf"(.*\.)?{end}", module):
+                own.setdefault(name, value)
+    return own
+
+
+def take_biases(tensors, config):
+    """Takes the base's biases out of `tensors`: {our name: tensor}."""
+    biases = {}
+    for name, ours in bias_names(config).items():
+        for theirs in (name, name.replace(".bias", ".base_layer.bias")):
+            if theirs in tensors:
+                biases |= zip(ours, tensors.pop(theirs).chunk(len(ours)))
+    return biases
 
 
 # -----------------------------------------------------------------------------
 # adapters in AdapterHub's layout: adapter_config.json and pytorch_adapter.bin
 
-HUB_STYLES = {   # our style: mh_adapter, original_ln_before, ln_before
-    "houlsby": (True, False, False), "pfeiffer": (False, True, False), "lin": (False, True, True)}
+HUB_STYLES = {
+    "houlsby": {"mh_adapter": True, "original_ln_before": False, "ln_before": False},
+    "pfeiffer": {"mh_adapter": False, "original_ln_before": True, "ln_before": False},
+    "lin": {"mh_adapter": False, "original_ln_before": True, "ln_before": True}}
+HUB_FIXED = {   # read, and refused where they are anything else
+    "output_adapter": True, "is_parallel": False, "phm_layer": False, "ln_after": False, "scaling": 1.0,
+    "use_gating": False, "inv_adapter": None}
+HUB_DEFAULTS = {   # written because that library expects them; without effect beside those above
+    "original_ln_after": True, "adapter_residual_before_ln": False, "residual_before_ln": True, "cross_adapter": False,
+    "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False, "init_weights": "bert", "learn_phm": True,
+    "hypercomplex_nonlinearity": "glorot-uniform", "inv_adapter_reduction_factor": None, "leave_out": [],
+    "phm_bias": True, "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_rank": 1,
+    "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0}
 
 
 def hub_names(config, style, name):
-    """{their key: our key}"""
-    names, start = {}, f"{PREFIX[family_of(config)]}{'h' if family_of(config) == 'gpt2' else 'layers'}"
-    for i in range(config.n_layer):
-        for place, ours in (("attention_adapters", "adapter1"), ("output_adapters", "adapter2")) if style == "houlsby" else (("output_adapters", "adapter2"),):
-            for kind in ("weight", "bias"):
-                theirs, our = f"{start}.{i}.{place}.adapters.{name}.", f"blocks.{i}.{ours}."
-                names |= {f"{theirs}adapter_down.{int(style == 'lin')}.{kind}": f"{our}down.{kind}", f"{theirs}adapter_up.{kind}": f"{our}up.{kind}"}
-                if style == "lin":
-                    names[f"{theirs}adapter_down.0.{kind}"] = f"{our}norm.{kind}"
+    """{their name: our name} of the tensors of an adapter called `name`."""
+    family, names = family_of(config), {}
+    adapters = {"attention_adapters": "adapter1", "output_adapters": "adapter2"}
+    modules = {"adapter_down.0": "down", "adapter_up": "up"}
+    if style != "houlsby":
+        del adapters["attention_adapters"]
+    if style == "lin":
+        modules = {"adapter_down.1": "down", "adapter_up": "up", "adapter_down.0": "norm"}
+    for i, adapter, kind in product(range(config.n_layer), adapters, ("weight", "bias")):
+        for theirs, ours in modules.items():
+            start = f"{family.block(i)}{adapter}.adapters.{name}"
+            names[f"{start}.{theirs}.{kind}"] = f"blocks.{i}.{adapters[adapter]}.{ours}.{kind}"
     return names
 
 
 def to_adapterhub(content, config, name):
-    """(adapter_config, tensors)"""
-    if content["method"] != "adapter":
-        raise ValueError(f"{content['method']} has no place in AdapterHub's layout here; --layout peft takes lora, ia3, prompt, prefix and bitfit")
-    if family_of(config) == "opt":
-        raise ValueError("export of adapters is for gpt2 and llama bases, not opt")
-    options = content["options"]
-    mh, original, before = HUB_STYLES[options["adapter_style"]]
-    model = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family_of(config)]
-    inner = {"mh_adapter": mh, "output_adapter": True, "reduction_factor": config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"],
-             "original_ln_before": original, "original_ln_after": True, "ln_before": before, "ln_after": False, "is_parallel": False, "scaling": 1.0,
-             "adapter_residual_before_ln": False, "residual_before_ln": True, "cross_adapter": False, "dropout": 0.0, "factorized_phm_W": True, "factorized_phm_rule": False,
-             "hypercomplex_nonlinearity": "glorot-uniform", "init_weights": "bert", "inv_adapter": None, "inv_adapter_reduction_factor": None, "learn_phm": True, "leave_out": [],
-             "phm_bias": True, "phm_c_init": "normal", "phm_dim": 4, "phm_init_range": 0.0001, "phm_layer": False, "phm_rank": 1, "shared_W_phm": False, "shared_phm_rule": True,
-             "stochastic_depth": 0.0, "use_gating": False}
-    said = {"name": name, "config": inner, "config_id": "", "hidden_size": config.n_embd, "model_class": model, "model_type": family_of(config), "model_name": "", "version": "adapters.1.3.0"}
-    return said, {theirs: content["tensors"][ours] for theirs, ours in hub_names(config, options["adapter_style"], name).items()}
+    """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for all but bottleneck adapters."""
+    check(content["method"] == "adapter", f"{content['method']} has no place in AdapterHub's layout here; "
+          "--layout peft takes lora, ia3, prompt, prefix and bitfit")
+    options, family = content["options"], family_of(config)
+    style = options["adapter_style"]
+    shape = {"reduction_factor": config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"]}
+    settings = {
+        "name": name, "config": shape | HUB_STYLES[style] | HUB_FIXED | HUB_DEFAULTS, "config_id": "",
+        "hidden_size": config.n_embd, "model_class": family.architecture, "model_type": family.name, "model_name": "",
+        "version": "adapters.1.3.0"}
+    names = hub_names(config, style, name)
+    return settings, {theirs: content["tensors"][ours] for theirs, ours in names.items()}
 
 
 def from_adapterhub(folder, config):
-    """(method, options, tensors) of a folder in AdapterHub's layout."""
-    said = read_json(Path(folder, "adapter_config.json"))
-    inner, name = said.get("config"), said.get("name")
-    check(isinstance(inner, dict) and isinstance(name, str), f"{folder}/adapter_config.json: has no name and config, so it is not AdapterHub's")
-    found = (bool(inner.get("mh_adapter")), bool(inner.get("original_ln_before")), bool(inner.get("ln_before")))
-    style = next((style for style, values in HUB_STYLES.items() if values == found), None)
-    check(style, f"{folder}: mh_adapter, original_ln_before, ln_before are {found}; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
-    for key, wanted in (("output_adapter", True), ("is_parallel", False), ("phm_layer", False), ("ln_after", False), ("scaling", 1.0), ("use_gating", False), ("inv_adapter", None)):
-        check(inner.get(key, wanted) == wanted, f"{folder}: {key} is {inner.get(key)!r}; only {wanted!r} can be read")
-    activation = inner.get("non_linearity")
-    check(activation in peft.Adapter.ACTIVATIONS, f"{folder}: non_linearity is {activation!r}; it must be one of {', '.join(peft.Adapter.ACTIVATIONS)}")
-    tensors = {n: t.float() for n, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
-    names = hub_names(config, style, name)
-    for twin in [n for n in tensors if ".adapter_norm_before." in n]:      # that library writes Lin's LayerNorm under two names
-        if torch.equal(tensors[twin], tensors.get(twin.replace("adapter_norm_before", "adapter_down.0"), torch.zeros(0))):
-            del tensors[twin]
-    check(tensors.keys() == names.keys(), f"{folder}: missing {some(names.keys() - tensors.keys()) or 'nothing'}, not known {some(tensors.keys() - names.keys()) or 'nothing'}")
-    out = {names[n]: t for n, t in tensors.items()}
-    return "adapter", {"adapter_style": style, "adapter_size": len(out["blocks.0.adapter2.down.weight"]), "adapter_activation": activation}, out
+    """(method, options, tensors) of a folder in AdapterHub's layout; peft.load_state then checks that they are complete."""
+    settings = read_json(Path(folder, "adapter_config.json"))
+    tensors = {name: t.float() for name, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
+    with located(folder):
+        inner, name = settings.get("config"), settings.get("name")
+        ours = isinstance(inner, dict) and isinstance(name, str)
+        check(ours, "adapter_config.json has no name and config, so it is not AdapterHub's")
+        flags = {key: bool(inner.get(key)) for key in HUB_STYLES["lin"]}
+        style = next((style for style, needed in HUB_STYLES.items() if needed == flags), None)
+        check(style, f"{flags} is not known; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
+        for key, wanted in HUB_FIXED.items():
+            value = inner.get(key, wanted)
+            check(value == wanted, f"{key} is {value!r}; only {wanted!r} can be read")
+        out = {}
+        for theirs, ours in hub_names(config, style, name).items():
+            check(theirs in tensors, f"lacks {theirs}")
+            out[ours] = tensors.pop(theirs)
+            twin = theirs.replace("adapter_down.0", "adapter_norm_before")      # the library's second name of Lin's LayerNorm
+            if twin in tensors and torch.equal(out[ours], tensors[twin]):
+                del tensors[twin]
+        check(not tensors, f"{len(tensors)} tensors are not known: {some(tensors)}")
+    size = len(out["blocks.0.adapter2.down.weight"])
+    activation = str(inner.get("non_linearity"))
+    return "adapter", {"adapter_style": style, "adapter_size": size, "adapter_activation": activation}, out
 
 
 # -----------------------------------------------------------------------------
@@ -306,84 +421,122 @@ def from_adapterhub(folder, config):
 
 
 def read_run(run):
-    """(Config, adapter, GPTConfig of the base) of a run's folder."""
-    if not Path(run, "config.toml").is_file():
-        raise ValueError(f"{run}: no run there, it has no config.toml")
-    config = Config(**read_toml(Path(run, "config.toml")))
-    return config, peft.read_adapter(Path(run, "adapter.pt")), read_config(config.base)
+    """(Config, adapter's content) of a run's folder."""
+    path = Path(run, "config.toml")
+    check(path.is_file(), f"{run}: no run there, it has no config.toml")
+    return Config(**read_toml(path)), peft.read_adapter(Path(run, "adapter.pt"))
+
+
+def unused(path):
+    """The path of a folder that is empty or not there yet; ValueError where something would be written over."""
+    check(not any(Path(path).glob("*")), f"{path}: holds something already; choose another folder")    # fault 40
+    return Path(path)
+
+
+def write_run(config, content):
+    """Writes an adapter's content as the run that config says, for sample.py and evaluate.py."""
+    folder = Path(config.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    data.Tokenizer.load(config.base).save(folder)
+    save_file(folder / "adapter.pt", content)
+    write_atomic(folder / "config.toml", write_toml(config).encode())
 
 
 def export(run, path, layout="peft", name="nanopeft"):
     """A run's adapter as a folder in the layout "peft" or "adapterhub". Nothing that is there is written over."""
-    config, content, base = read_run(run)
-    if layout not in ("peft", "adapterhub"):
-        raise ValueError(f"layout is {layout!r}; it must be peft or adapterhub")
-    said, tensors = to_peft(content, base) if layout == "peft" else to_adapterhub(content, base, name)
-    path = Path(path)
-    if path.is_dir() and any(path.iterdir()):
-        raise ValueError(f"{path}: holds something already; choose another folder")
-    path.mkdir(parents=True, exist_ok=True)
+    config, content = read_run(run)
+    base, path = read_config(config.base), unused(path)
+    check(layout in ("peft", "adapterhub"), f"layout is {layout!r}; it must be peft or adapterhub")
+    families = " and ".join(family.name for family in FAMILIES.values() if family.adapters)
+    check(family_of(base).adapters, f"export of adapters is for {families} bases, not {family_of(base).name}")
     if layout == "peft":
-        said["base_model_name_or_path"] = str(Path(config.base).resolve())
-        write_safetensors(path / "adapter_model.safetensors", {n: (torch.float32, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+        settings, tensors = to_peft(content, base)
+        settings["base_model_name_or_path"] = str(Path(config.base).resolve())
+        path.mkdir(parents=True, exist_ok=True)
+        entries = {name: (t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()}
+        write_safetensors(path / "adapter_model.safetensors", entries)
     else:
-        buffer = io.BytesIO()
-        torch.save({n: t.clone() for n, t in tensors.items()}, buffer)
-        write_atomic(path / "pytorch_adapter.bin", buffer.getvalue())
-    write_atomic(path / "adapter_config.json", (json.dumps(said, indent=2) + "\n").encode())
-    return said
+        settings, tensors = to_adapterhub(content, base, name)
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "pytorch_adapter.bin", torch_bytes({name: t.clone() for name, t in tensors.items()}))
+    write_json(path / "adapter_config.json", settings)
+    return settings
 
 
 def import_adapter(path, base, out):
-    """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`, for sample.py, evaluate.py and load_adapter."""
-    if not Path(path, "adapter_config.json").is_file():
-        there = sorted(p.name for p in Path(path).iterdir())[:6] if Path(path).is_dir() else []
-        raise ValueError(f"{path}: in no known layout, it has no adapter_config.json" + (f"; found {', '.join(there)}" if there else ""))
-    if Path(out, "config.toml").is_file():
-        raise ValueError(f"{out}: holds a run already; choose another folder")
-    config = read_config(base)
-    method, options, tensors = (from_adapterhub if "peft_type" not in read_json(Path(path, "adapter_config.json")) else from_peft)(path, config)
+    """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`; returns the model."""
+    out, file = unused(out), Path(path, "adapter_config.json")
+    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
+    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
+    method, options, tensors = read(path, read_config(base))
     model = load_base(base)
     peft.apply(model, method, **options)
-    peft.load_state(model, {n: t.contiguous() for n, t in tensors.items()}, path)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    data.Tokenizer.load(base).save(out)
-    peft.save_adapter(model, out / "adapter.pt")
-    run = Config(method=method, base=str(base), out_dir=str(out), **{k: v for k, v in options.items()})
-    write_atomic(out / "config.toml", write_toml(run).encode())
+    peft.load_state(model, tensors, path)
+    write_run(Config(method=method, base=str(base), out_dir=str(out), **options), peft.pack_adapter(model))
     return model
 
 
-def merge_run(run, path):
-    """Base and adapter as one plain checkpoint with its tokenizer, in the run's computation type."""
-    if Path(path).is_dir() and any(Path(path).iterdir()):
-        raise ValueError(f"{path}: holds something already; choose another folder")
+def add_runs(folders, out, weights=None):
+    """The LoRA adapters of runs over one base, times their weights and added, as the run `out`; returns its Config.
+
+    weights: a number for each run, None for 1. The configuration is the first run's, with the rank and scale of the sum.
+    """
+    weights = weights or [1.0] * len(folders)
+    check(len(weights) == len(folders), f"{len(weights)} weights for {len(folders)} runs; give one for each")
+    configs, contents = zip(*map(read_run, folders))
+    content = peft.add_adapters(contents, weights)
+    options = {name: content["options"][name] for name in ("rank", "alpha", "rslora")}
+    config = dataclasses.replace(configs[0], out_dir=str(unused(out)), **options)
+    write_run(config, content)
+    return config
+
+
+def merge_run(run, path, requantize=False):
+    """Base and adapter as one plain checkpoint with its tokenizer, in the run's computation type; returns peft.merge's report.
+
+    requantize: the merged weights are first stored as the base was stored, and the report says what that does to the logits.
+    """
+    path = unused(path)
     model, tokenizer, config = runs.load_run(run, "cpu", "auto")
-    report = peft.merge(model)
+    possible = not requantize or runs.storage_of(config)
+    check(possible, f"{run}: its base is not quantized; merge it without --requantize")
+    report = peft.merge(model, requantize)
     base = read_json(Path(config.base, "config.json"))
-    save_base(model, path, {k: v for k, v in base.items() if k.endswith("_token_id")})
+    save_base(model, path, {key: value for key, value in base.items() if key.endswith("_token_id")})
     tokenizer.save(path)
     return report
 
 
 def show(run):
-    """What is in an adapter, as lines: what it is, and each layer's change with its norm and effective rank.
-
-    The effective rank of s B A is the exponential of the entropy of its normalized singular values (Roy and Vetterli 2007).
-    """
+    """What is in an adapter, as lines: what it is, and each layer's change with its norm and effective rank."""
     path = Path(run, "adapter.pt") if Path(run).is_dir() else Path(run)
     content = peft.read_adapter(path)
-    t, options = content["tensors"], content["options"]
-    yield f"{path}: {content['method']}, format {content['format']}, {content['parameters']:,} parameters in {len(t)} tensors, base {content['base'][:12]}"
-    yield "options: " + (", ".join(f"{k} {v}" for k, v in options.items()) or "none")
-    for name in t:
-        if name.endswith(".B") and name[:-1] + "A" in t:
-            values = torch.linalg.svdvals(torch.linalg.qr(t[name]).R @ torch.linalg.qr(t[name[:-1] + "A"].T).R.T) * peft.scale_of(options)
-            p = values / values.sum().clamp(min=1e-30)
-            yield f"{name[:-2]:24} |s B A| {values.norm():9.4f}   effective rank {float((-p * p.clamp(min=1e-30).log()).sum().exp()):5.2f} of {len(values)}"
-        elif not (name.endswith(".A") and name[:-1] + "B" in t):
-            yield f"{name:40} {str(tuple(t[name].shape)):16} norm {t[name].norm():9.4f}"
+    tensors, options = content["tensors"], content["options"]
+    yield (f"{path}: {content['method']}, format {content['format']}, {content['parameters']:,} parameters "
+           f"in {len(tensors)} tensors, base {content['base'][:12]}")
+    yield "options: " + (", ".join(f"{name} {value}" for name, value in options.items()) or "none")
+    for name, t in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        lora = {f"{layer}.A", f"{layer}.B"} <= tensors.keys()
+        if lora and leaf == "B":
+            values = singular_values(tensors[f"{layer}.A"], t) * peft.scale_of(options)
+            rank = f"effective rank {effective_rank(values):5.2f} of {len(values)}"
+            yield f"{layer:24} |s B A| {values.norm():9.4f}   {rank}"
+        elif not (lora and leaf == "A"):
+            yield f"{name:40} {str(tuple(t.shape)):16} norm {t.norm():9.4f}"
+
+
+def singular_values(A, B):
+    """Those of B A that may differ from zero, (r,), largest first."""
+    core = torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T    # (r, r): B A = Q core P^T, Q and P orthogonal
+    return torch.linalg.svdvals(core)
+
+
+def effective_rank(values):
+    """The exponential of the entropy of normalized singular values (Roy and Vetterli 2007)."""
+    p = values / values.sum().clamp(min=1e-30)
+    entropy = (-p * p.clamp(min=1e-30).log()).sum()
+    return float(entropy.exp())
 
 
 def main(args):
@@ -391,32 +544,26 @@ def main(args):
     if args.command == "show":
         print(*show(args.run), sep="\n")
     elif args.command == "export":
-        said = export(args.run, args.folder, args.layout, args.name)
-        print(f"{args.folder}: {said.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
+        settings = export(args.run, args.folder, args.layout, args.name)
+        print(f"{args.folder}: {settings.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
     elif args.command == "import":
         counts = peft.count_parameters(import_adapter(args.folder, args.base, args.run))
-        print(f"{args.run}: {' and '.join(counts['by_method'])}, {counts['trainable']:,} parameters; python sample.py {args.run} --prompt ...")
+        print(f"{args.run}: {' and '.join(counts['by_method'])}, {counts['trainable']:,} parameters; {next_line(args.run)}")
+    elif args.command == "add":
+        config = add_runs(args.runs, args.run, args.weights)
+        print(f"{args.run}: the sum of {len(args.runs)} adapters, rank {config.rank}; {next_line(args.run)}")
     else:
-        report = merge_run(args.run, args.folder)
+        report = merge_run(args.run, args.folder, args.requantize)
         print(f"{args.folder}: {report['layers']} layers merged; a plain checkpoint with its tokenizer")
+        if args.requantize:
+            print("On average the adapter changes a logit by {adapter:.4g}; merged and quantized again it changes it by {kept:.4g}, "
+                  "which is {error:.4g} away from what the adapter makes of it.".format(**report))
 
 
-def parse(args):
-    """The command line: a command and its folders."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, arguments in (("show", ["run"]), ("export", ["run", "folder"]), ("import", ["folder", "run"]), ("merge", ["run", "folder"])):
-        command = commands.add_parser(name)
-        for argument in arguments:
-            command.add_argument(argument)
-        if name == "export":
-            command.add_argument("--layout", default="peft", choices=("peft", "adapterhub"))
-            command.add_argument("--name", default="nanopeft", help="of the adapter, in AdapterHub's layout")
-        if name == "import":
-            command.add_argument("--base", required=True)
-    return parser.parse_args(args)
+def next_line(run):
+    """The command that tries a run, as a shell takes it."""
+    return f"python sample.py {shlex.quote(run)} --prompt ..."
 
 
 if __name__ == "__main__":
-    ARGS = parse(sys.argv[1:])
     run_main(main, ARGS)

@@ -1,5 +1,8 @@
 """
-Files.
+Files that are whole or not there, and nothing in which is ever run: this project's own, JSON, safetensors and .bin.
+
+safetensors is read and written here by hand, so that a tensor is in memory once and not mapped as well, and so that every
+size in the header is checked before anything is allocated.
 """
 
 import hashlib
@@ -7,9 +10,8 @@ import io
 import json
 import math
 import os
-import pickle
-import struct
 import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +29,32 @@ def check(condition, message):
 
 def some(names, n=3):
     """The first n names for a message."""
-    return ", ".join(sorted(names)[:n]) + (", .." if len(names) > n else "")
+    more = ", .." if len(names) > n else ""
+    return ", ".join(sorted(names)[:n]) + more
+
+
+def found_in(folder):
+    """The first names in a folder for a message; "nothing" where it is empty, a file or not there."""
+    return some([path.name for path in Path(folder).glob("*")]) or "nothing"
+
+
+@contextmanager
+def located(where):
+    """Puts `where` in front of what a ValueError says that is raised inside."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+@contextmanager
+def refusing(message):
+    """Turns any error that is raised inside into ValueError(message), with the error in brackets."""
+    try:
+        yield
+    except Exception as error:      # unpickling and parsing raise whatever the bytes make them raise
+        words = " ".join(str(error).split())[:80]
+        raise ValueError(f"{message} ({type(error).__name__}: {words})") from None
 
 
 # -----------------------------------------------------------------------------
@@ -35,150 +62,189 @@ def some(names, n=3):
 
 
 def write_atomic(path, content):
-    """Writes bytes, or an iterator of them, to a temporary sibling and renames it: a reader finds the old file or the new one, whole."""
+    """Writes bytes, or an iterable of them, to a temporary sibling and renames it.
+
+    A reader finds the old file or the new one, whole. A write that fails is a ValueError and leaves the old file.
+    """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    pieces = [content] if isinstance(content, bytes) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")    # fault 5
     try:
         with open(temporary, "wb") as file:
-            for part in [content] if isinstance(content, (bytes, memoryview)) else content:
-                file.write(part)
+            file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        os.fsync(folder)      # of the name, which lies in the folder and not in the file
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)                            # fault 6
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def save_file(path, content):
-    """Writes plain values and tensors so that read_file, or torch.load(weights_only=True), reads them back."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    raw = bytearray(buffer.getbuffer())
-    raw[-2:] = (64).to_bytes(2, "little")                        # the length of the comment, which was none
-    write_atomic(path, [raw, hashlib.sha256(raw).hexdigest().encode()])
-
-
-def read_file(path):
-    """The dict in a file of save_file. ValueError in one line for whatever else it may be."""
+def read_bytes(path):
+    """The bytes of a file; ValueError where it cannot be read."""
     try:
-        raw = Path(path).read_bytes()
+        return Path(path).read_bytes()                               # fault 1
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
-    check(raw, f"{path}: empty")
-    check(hashlib.sha256(memoryview(raw)[:-64]).hexdigest().encode() == raw[-64:], f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")
-    try:
-        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
-            check(all(e.compress_type == zipfile.ZIP_STORED for e in archive.infolist()) and sum(e.file_size for e in archive.infolist()) <= len(raw),
-                  f"{path}: compressed; not a file of this project")
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, KeyError, IndexError, TypeError, RuntimeError, NotImplementedError,
-            AttributeError, OSError, MemoryError, UnicodeDecodeError, OverflowError, AssertionError) as error:
-        raise ValueError(f"{path}: not a file of this project ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
-    check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
-    return content
+
+
+def write_json(path, content):
+    """Writes a dict of plain values as a JSON object."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomic(path, text.encode())
 
 
 def read_json(path):
     """The object in a JSON file; ValueError for whatever else it may be."""
+    raw = read_bytes(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
+        content = json.loads(raw.decode())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not an object")
+    check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not an object")
+    return content
+
+
+# A file of this project is a zip archive of torch.save with a comment, which a zip archive may end with:
+#
+#   | archive of torch.save, uncompressed | 64 as uint16, little-endian | SHA-256 of all before it, |
+#   |                                     | (the comment's length)      | 64 hexadecimal digits     |
+
+
+def torch_bytes(content):
+    """The bytes that torch.save makes of content."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def save_file(path, content):
+    """Writes plain values and tensors so that read_file, or torch.load(weights_only=True), reads them back."""
+    archive = bytearray(torch_bytes(content))
+    archive[-2:] = (64).to_bytes(2, "little")
+    checksum = hashlib.sha256(archive).hexdigest()
+    write_atomic(path, [archive, checksum.encode()])
+
+
+def read_file(path):
+    """The dict in a file of save_file. ValueError in one line for whatever else it may be."""
+    raw = read_bytes(path)
+    check(raw, f"{path}: empty")
+    checksum = hashlib.sha256(memoryview(raw)[:-64]).hexdigest()
+    whole = raw.endswith(checksum.encode())
+    check(whole, f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")    # fault 3
+    with refusing(f"{path}: not a file of this project"):
+        entries = zipfile.ZipFile(io.BytesIO(raw)).infolist()
+        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+        check(stored and sum(entry.file_size for entry in entries) <= len(raw), "compressed")
+        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)                    # fault 4
+    check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
     return content
 
 
 # -----------------------------------------------------------------------------
 # tensors by name
 
+# A safetensors file:
+#
+#   | N as uint64, little-endian | header: N bytes of JSON | tensors, one after the other, without gaps |
+#
+# The header is {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [begin, end]}}, where the offsets are
+# counted from the header's end.
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-KINDS = {dtype: kind for kind, dtype in DTYPES.items()}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def memory_of(tensor):
+    """The bytes of a contiguous tensor on the CPU, as a NumPy array on the same memory."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
+def read_header(file, path):
+    """[(begin, end, name, dtype, shape)] of an open safetensors file in the order of its bytes, all of it checked."""
+    file_size = os.fstat(file.fileno()).st_size
+    first = file.read(8)
+    header_size = int.from_bytes(first, "little")
+    check(len(first) == 8 and header_size <= min(file_size - 8, 10**8), f"{path}: truncated or not safetensors")
+    entries = []
+    with refusing(f"{path}: its header is damaged"):
+        header = json.loads(file.read(header_size))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            begin, end = map(int, entry["data_offsets"])
+            shape = [int(size) for size in entry["shape"]]
+            entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
+    entries.sort(key=lambda entry: entry[:2])
+    place = 0
+    for begin, end, name, dtype, shape in entries:
+        n_bytes = math.prod(shape) * dtype.itemsize
+        fits = begin == place and end - begin == n_bytes and min(shape, default=0) >= 0
+        check(fits, f"{path}: {name} of shape {shape} does not fit its bytes {begin} to {end}")
+        place = end
+    expected_size = 8 + header_size + place
+    check(expected_size == file_size, f"{path}: truncated or too long: {file_size} bytes, its header says {expected_size}")
+    return entries
 
 
 def read_safetensors(path):
     """Yields (name, tensor) one at a time. The whole header is checked before the first."""
     with open(path, "rb") as file:
-        file_size = os.fstat(file.fileno()).st_size
-        start = file.read(8)
-        n = struct.unpack("<Q", start)[0] if len(start) == 8 else math.inf
-        if n > min(file_size - 8, 10**8):
-            raise ValueError(f"{path}: truncated or not safetensors")
-        try:
-            header = json.loads(file.read(n))
-            header.pop("__metadata__", None)
-            entries = sorted(((name, DTYPES[e["dtype"]], [int(d) for d in e["shape"]], *map(int, e["data_offsets"])) for name, e in header.items()),
-                             key=lambda entry: entry[3])
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
-        place = 0
-        for name, dtype, shape, begin, end in entries:
-            if begin != place or min(shape, default=0) < 0 or end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{path}: {name} of shape {shape} does not fit its bytes {begin} to {end}")
-            place = end
-        if 8 + n + place != file_size:
-            raise ValueError(f"{path}: truncated or too long: {file_size} bytes, its header says {8 + n + place}")
-        for name, dtype, shape, begin, end in entries:
+        for begin, end, name, dtype, shape in read_header(file, path):
             tensor = torch.empty(shape, dtype=dtype)
-            if end > begin and file.readinto(tensor.view(-1).view(torch.uint8).numpy()) != end - begin:
-                raise ValueError(f"{path}: truncated at {name}")
+            n_read = file.readinto(memory_of(tensor))
+            check(n_read == end - begin, f"{path}: truncated at {name}")
             yield name, tensor
 
 
-def write_safetensors(path, tensors, metadata=None):
+def write_safetensors(path, tensors):
     """tensors: {name: (dtype, shape, function that makes it)}, made one at a time as they are written."""
-    header, place = {"__metadata__": {"format": "pt"} | (metadata or {})}, 0
+    header, place = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape, _) in tensors.items():
-        size = math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": KINDS[dtype], "shape": list(shape), "data_offsets": [place, place + size]}
-        place += size
+        end = place + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+        place = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)      # so that the tensors begin at a multiple of 8
 
-    def chunks():
-        yield struct.pack("<Q", len(text)) + text
-        for dtype, shape, make in tensors.values():
-            yield make().detach().to("cpu", dtype).contiguous().view(-1).view(torch.uint8).numpy()
-    write_atomic(path, chunks())
+    def pieces():
+        yield len(text).to_bytes(8, "little") + text
+        for dtype, _, make in tensors.values():
+            yield memory_of(make().detach().to("cpu", dtype).contiguous())
+    write_atomic(path, pieces())
 
 
 def read_bin(path):
-    """(name, tensor) of a pytorch_model.bin, nothing in it run."""
-    try:
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                                     # from before 2020: not a zip file, cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or not all(isinstance(t, torch.Tensor) for t in content.values()):
-            raise TypeError("it does not hold tensors by name")
-    except Exception as error:                                   # unpickling raises whatever the bytes make it raise
-        raise ValueError(f"{path}: truncated, damaged or not a checkpoint ({str(error).strip().splitlines()[0][:80] if str(error).strip() else type(error).__name__})") from None
+    """(name, tensor) pairs of a pytorch_model.bin, nothing in it run."""
+    damaged = f"{path}: truncated, damaged or not a checkpoint"
+    with refusing(damaged):
+        mapped = zipfile.is_zipfile(path)      # files from before 2020 are not, and cannot be mapped
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)                  # fault 4
+    by_name = isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())
+    check(by_name, f"{damaged} (it does not hold tensors by name)")
     return content.items()
 
 
 def weight_files(folder):
     """The files that hold a checkpoint's tensors."""
     folder = Path(folder)
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        if (folder / index).is_file():
-            names = read_json(folder / index).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
-                raise ValueError(f"{folder / index}: has no weight_map of file names")
-            names = sorted(set(names.values()))
-            if climbing := [n for n in names if Path(n).name != n]:
-                raise ValueError(f"{folder / index}: {climbing[0]!r} leads out of the folder")
-            return [folder / n for n in names]
+    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
+        if index.is_file():
+            files = read_json(index).get("weight_map")
+            named = isinstance(files, dict) and all(isinstance(name, str) for name in files.values())
+            check(named, f"{index}: has no weight_map of file names")
+            names = sorted(set(files.values()))
+            for name in names:
+                check(Path(name).name == name, f"{index}: {name!r} leads out of the folder")            # fault 22
+            return [folder / name for name in names]
     for pattern in ("model.safetensors", "*.safetensors", "pytorch_model*.bin"):
-        if files := sorted(folder.glob(pattern)):
-            return files
+        paths = sorted(folder.glob(pattern))
+        if paths:
+            return paths
     raise ValueError(f"{folder}: no weights there; it must hold *.safetensors or pytorch_model.bin")
 
 
@@ -186,11 +252,10 @@ def read_tensors(path):
     """(name, tensor) of every tensor in a folder or file, one at a time. A name that comes twice is refused."""
     seen = set()
     for file in weight_files(path) if Path(path).is_dir() else [Path(path)]:
-        if not file.is_file():
-            raise ValueError(f"{file}: no such file")
-        for name, tensor in read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file):
-            if name in seen:
-                raise ValueError(f"{file}: {name} comes a second time")
+        check(file.is_file(), f"{file}: no such file")
+        read = read_safetensors if file.suffix == ".safetensors" else read_bin
+        for name, tensor in read(file):
+            check(name not in seen, f"{file}: {name} comes a second time")
             seen.add(name)
             yield name, tensor
 
@@ -200,12 +265,15 @@ def read_tensors(path):
 
 
 def sample_hash(tensor):
-    """Hash of a tensor's shape and of 4096 of its values as float32."""
+    """SHA-256 of a tensor's shape and of 4096 of its values, evenly spread, as float32."""
     flat = tensor.detach().reshape(-1)
-    values = flat[::max(flat.numel() // 4096, 1)][:4096].float().cpu()
-    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + values.numpy().tobytes()).hexdigest()
+    stride = max(flat.numel() // 4096, 1)
+    values = flat[::stride][:4096].float().cpu().numpy()
+    shape = repr(tuple(tensor.shape))
+    return hashlib.sha256(shape.encode() + values.tobytes()).hexdigest()
 
 
 def combine_hashes(hashes):
-    """{name: hash} -> hash"""
-    return hashlib.sha256(repr(sorted(hashes.items())).encode()).hexdigest()
+    """{name: hash} -> one hash, whatever the order of the names."""
+    pairs = repr(sorted(hashes.items()))
+    return hashlib.sha256(pairs.encode()).hexdigest()

@@ -1,8 +1,12 @@
 """Adapters out to PEFT and AdapterHub and back, merged checkpoints, what is in an adapter; with the peers' own libraries as oracles."""
 
+import dataclasses
 import json
 import os
+import re
+import shlex
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,11 +14,11 @@ import torch
 import data
 import hub
 import peft
-import train
-from conftest import tiny
+import quant
+from conftest import ROOT, tiny
 from model import GPT
-from lib import checkpoint, run
-from lib.config import Config, write_toml
+from lib import checkpoint, files, run
+from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
                 ("prefix", dict(prefix_length=3, prefix_style="after")), ("prefix", dict(prefix_length=3, prefix_style="after", prefix_mlp=8)), ("bitfit", {}), ("bitfit+lora", {})]
@@ -211,6 +215,141 @@ def test_show(bases, tmp_path):
 
 
 # -----------------------------------------------------------------------------
+# DoRA's layout, from made tensors: what PEFT merges is m (W + s B A) / |W + s B A|, row by row
+
+
+def dora(config, names, rank=3, alpha=6.0):
+    """An adapter of DoRA with random tensors on the named layers, and s."""
+    with torch.device("meta"):
+        blocks = GPT(config).blocks
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for i, block in enumerate(blocks):
+        for name in names:
+            rows, columns = block.get_submodule(name).weight.shape
+            for key, shape in (("A", (rank, columns)), ("B", (rows, rank)), ("m", (rows,))):
+                tensors[f"blocks.{i}.{name}.{key}"] = torch.randn(shape, generator=generator)
+    options = {"rank": rank, "alpha": alpha, "dropout": 0.0, "rslora": False, "targets": ",".join(n.split(".")[1] for n in names)}
+    return {"method": "dora", "options": options, "tensors": tensors}, alpha / rank
+
+
+def write_peft(folder, settings, tensors):
+    folder.mkdir()
+    files.write_safetensors(folder / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+
+
+DORA_LAYERS = [("gpt2", ["attn.q", "attn.k", "attn.v", "ffn.down"]), ("llama", ["attn.q", "attn.v", "ffn.gate"])]
+PEFT_MERGED = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import PeftModel
+base, adapter, out, again = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+model.save_pretrained(again)
+torch.save({name: t.contiguous() for name, t in model.merge_and_unload().state_dict().items()}, out)
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("family, names", DORA_LAYERS)
+def test_peft_merges_the_dora_that_we_write(peer, bases, tmp_path, family, names):
+    base = checkpoint.load_base(bases[family])
+    content, s = dora(base.config, names)
+    write_peft(tmp_path / "out", *hub.to_peft(content, base.config))
+    peer(PEFT_MERGED, bases[family], tmp_path / "out", tmp_path / "merged.pt", tmp_path / "again")
+    merged, t = torch.load(tmp_path / "merged.pt", weights_only=True), content["tensors"]
+    for theirs, (ours, transposed) in checkpoint.layout(base.config).items():
+        if ours[0].startswith("blocks.") and f"{ours[0].removesuffix('.weight')}.m" in t:
+            for name, part in zip(ours, (merged[theirs].T if transposed else merged[theirs]).split([len(base.get_parameter(n)) for n in ours])):
+                layer = name.removesuffix(".weight")
+                V = base.get_parameter(name) + s * t[f"{layer}.B"] @ t[f"{layer}.A"]
+                assert (part - t[f"{layer}.m"][:, None] * V / V.norm(dim=1, keepdim=True)).abs().max() < 1e-5
+    keys = [set(dict(files.read_tensors(tmp_path / folder / "adapter_model.safetensors"))) for folder in ("out", "again")]
+    assert keys[0] == keys[1]                                    # as that library writes it
+
+
+@pytest.mark.parametrize("family, names", DORA_LAYERS)
+def test_dora_out_and_in_again(tmp_path, family, names):
+    config = tiny(family)
+    content, s = dora(config, names)
+    settings, tensors = hub.to_peft(content, config)
+    assert settings["use_dora"] and all(t.dim() == 1 for name, t in tensors.items() if name.endswith(".lora_magnitude_vector"))
+    write_peft(tmp_path / "out", settings, tensors)
+    method, options, again = hub.from_peft(tmp_path / "out", config)
+    before = content["tensors"]
+    assert method == "dora" and again.keys() == before.keys() and set(options["targets"].split(",")) == set(content["options"]["targets"].split(","))
+    for name in before:
+        layer, _, leaf = name.rpartition(".")
+        if leaf == "m":
+            assert torch.equal(again[name], before[name])
+        else:
+            change = options["alpha"] / options["rank"] * again[f"{layer}.B"] @ again[f"{layer}.A"]
+            assert (change - s * before[f"{layer}.B"] @ before[f"{layer}.A"]).abs().max() < 1e-5
+
+
+def test_dora_that_peft_has_no_place_for(tmp_path):
+    config = tiny("gpt2")
+    content, _ = dora(config, ["attn.q", "attn.v"])
+    with pytest.raises(ValueError, match="train with --targets containing q,k,v"):
+        hub.to_peft(content, config)
+    content, _ = dora(config, ["ffn.up"])
+    settings, tensors = hub.to_peft(content, config)
+    write_peft(tmp_path / "out", settings | {"use_dora": False}, tensors)
+    with pytest.raises(ValueError, match="use_dora is False, but 2 magnitude vectors are there"):
+        hub.from_peft(tmp_path / "out", config)
+
+
+# -----------------------------------------------------------------------------
+# added, and merged into storage
+
+
+def test_adapters_added_are_a_run(bases, tmp_path, script, refused):
+    expected = checkpoint.load_base(bases["llama"])
+    for name, rank, weight in (("one", 2, 1.0), ("the other", 3, -0.5)):
+        make_run(bases["llama"], tmp_path / name, "lora", dict(rank=rank, rslora=True, targets="q,down"), seed=rank)
+        tensors = peft.read_adapter(tmp_path / name / "adapter.pt")["tensors"]
+        for layer in {key.rpartition(".")[0] for key in tensors}:
+            expected.get_submodule(layer).weight.data += weight * 16 / rank**0.5 * tensors[f"{layer}.B"] @ tensors[f"{layer}.A"]
+    done = script("hub.py", "add", "one", "the other", "their sum", "--weights", 1, -0.5, cwd=tmp_path)
+    assert done.returncode == 0 and f"python sample.py {shlex.quote('their sum')} --prompt" in done.stdout, done.stderr
+    model, _, config = run.load_run(tmp_path / "their sum", "cpu", "float32")
+    assert (logits(model) - logits(expected)).abs().max() < 1e-5 and (config.rank, config.rslora) == (5, False)
+    assert "their sum: holds something already" in refused("hub.py", "add", "one", "the other", "their sum", cwd=tmp_path)
+    assert "1 weights for 2 runs" in refused("hub.py", "add", "one", "the other", "new", "--weights", 1, cwd=tmp_path)
+    make_run(bases["gpt2"], tmp_path / "third", "lora", {})
+    assert "adapters of different bases" in refused("hub.py", "add", "one", "third", "new", cwd=tmp_path)
+    assert not (tmp_path / "new").exists()
+
+
+def test_merging_into_storage_tells_what_it_costs(bases, tmp_path, script, refused):
+    make_run(bases["llama"], tmp_path / "run", "lora", {})
+    assert "its base is not quantized" in refused("hub.py", "merge", "run", "merged", "--requantize", cwd=tmp_path)
+    config = Config(**read_toml(tmp_path / "run" / "config.toml"))
+    stored = dataclasses.replace(config, quant="nf4", quant_double=False, quant_skip="v")
+    (tmp_path / "run" / "config.toml").write_text(write_toml(stored))
+    done = script("hub.py", "merge", "run", "merged", "--requantize", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    tokens = torch.arange(48)[None]
+    with_adapter = run.load_run(tmp_path / "run", "cpu", "float32")[0]
+    base = run.load_base(stored, torch.device("cpu"), torch.float32)[0]
+    merged = checkpoint.load_base(tmp_path / "merged")
+    a, b, m = (logits(model, tokens) for model in (with_adapter, base, merged))
+    said = [float(number) for number in re.findall(r"by ([\d.e-]+?); |by ([\d.e-]+), |is ([\d.e-]+) away", done.stdout) for number in number if number]
+    assert said == pytest.approx([(x - y).abs().mean().item() for x, y in ((a, b), (m, b), (m, a))], rel=1e-3)
+    for name, weight in merged.named_parameters():
+        if ".attn." in name or ".ffn." in name:
+            again = quant.quantize(weight, "nf4").dequantize()
+            assert torch.equal(again, weight) == (".v." not in name)      # only what is in storage already stays as it is
+
+
+def test_help_without_torch():
+    code = "import runpy, sys; sys.argv = ['hub.py', 'add', '--help']; runpy.run_path('hub.py', run_name='__main__')"
+    watch = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules)); {code}"
+    done = subprocess.run([sys.executable, "-c", watch], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--weights" in done.stdout and done.stdout.endswith("False\n"), done.stdout + done.stderr
+
+
+# -----------------------------------------------------------------------------
 # refused
 
 
@@ -226,7 +365,7 @@ def test_what_a_layout_has_no_place_for(bases, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(use_dora=True), "use_dora is True"), (dict(peft_type="LOHA"), "peft_type is 'LOHA'"), (dict(layers_to_transform=[0]), "layers_to_transform"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(r=5), "rank 9 and 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
+    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(r=5), "rank 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
 def test_configurations_that_are_refused(bases, tmp_path, change, words):
     make_run(bases["gpt2"], tmp_path / "run", "lora", dict(targets="q,k,v"))
     hub.export(tmp_path / "run", tmp_path / "out")

@@ -9,7 +9,6 @@ import sys
 import pytest
 import torch
 
-import hub
 import peft
 import quant
 from conftest import FAMILIES, ROOT, tiny
@@ -121,7 +120,7 @@ def test_memory_while_a_large_base_is_read(tmp_path):
         model = GPT(config)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     block = torch.randn(3072 * 1024) * 0.02
-    tensors = {checkpoint.long_name(theirs, config): (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
+    tensors = {theirs: (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
              for theirs, (ours, _) in checkpoint.layout(config).items()}
     files.write_safetensors(tmp_path / "model.safetensors", tensors)
     (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config)))
