@@ -1,16 +1,18 @@
 """
 Where the bytes go, before the run and without the GPU.
 
-    python memory.py --slide                                              # the lecture's table for OPT-1.3B, beside ours
-    python memory.py --bert                                               # the lecture's table of BERT's largest batches
-    python memory.py --model llama-7b --method qlora --seq 512 --batch 1  # the peak, and what it consists of
-    python memory.py --model gpt2-xl --method lora --seq 1024 --fit 16GB  # the largest batch; --grow seq: the longest sequence
-    python memory.py --model gpt2-medium --json > memory.json             # for python plot.py memory memory.json
-    python memory.py --table                                              # the README's
+    python memory.py --slide                               # the lecture's table for OPT-1.3B, beside ours
+    python memory.py --bert                                # the lecture's table of BERT's largest batches
+    python memory.py --model llama-7b --method qlora       # the peak of a step, and what it consists of
+    python memory.py --model llama-7b --method full,lora --json > a.json     # for plot.py memory a.json
+    python memory.py --model gpt2-xl --method lora --fit 16GB        # the largest batch
+    python memory.py --model gpt2-xl --fit 16GB --grow seq           # the longest sequence
+    python memory.py --table                               # the README's
 
-The simulation runs the very step that train.py runs, on fake tensors that have shapes and no storage, and counts live storage
-at every operation. On the device "cuda" sizes are rounded as its caching allocator does, and the attention is torch's flash kernel
-for a CPU, which keeps the same tensors as the GPU's (the `meta` device would take the unfused path instead).
+The simulation runs the very step that train.py runs, on fake tensors that have shapes and no storage, and
+counts live storage at every operation. On the device "cuda" sizes are rounded as its caching allocator
+does, and the attention is torch's flash kernel for a CPU, which keeps the same tensors as the GPU's (the
+`meta` device would take the unfused path instead).
 """
 
 import argparse
@@ -34,31 +36,33 @@ from lib.report import size, table
 
 def parse(args):
     """The command line, with --fit as bytes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--model", default="gpt2", help="a preset, or a folder with config.json")
-    parser.add_argument("--method", default="full,lora,qlora", help="as for train.py; several, joined by commas, are compared")
+    parser.add_argument("--method", default="full,lora,qlora", help="several are joined by commas")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--offload", action="store_true", help="saved activations go to the host")
-    parser.add_argument("--quant", default="", help="the code that the base is stored in, as for train.py")
+    parser.add_argument("--quant", default="", help="the code that the base is stored in")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="whose memory; none is needed here")
-    parser.add_argument("--fit", metavar="SIZE", help="the largest batch in that much memory, such as 16GB")
-    parser.add_argument("--grow", default="batch", choices=("batch", "seq"), help="what --fit makes as large as it can be")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="none is needed here")
+    parser.add_argument("--fit", metavar="SIZE", help="the largest batch in that much memory: 16GB")
+    parser.add_argument("--grow", default="batch", choices=("batch", "seq"), help="what --fit enlarges")
     parser.add_argument("--json", action="store_true")
     for name in ("slide", "bert", "table"):
         parser.add_argument(f"--{name}", action="store_true")
     for option in METHOD_OPTIONS.values():
         kind = {"action": "store_true"} if option.default is False else {"type": type(option.default)}
-        parser.add_argument(f"--{option.name}", default=option.default, help=option.help.replace("%", "%%"), **kind)
+        parser.add_argument(f"--{option.name}", default=option.default, help=option.help, **kind)
     parsed = parser.parse_args(args)
     parsed.fit = parse_size(parsed.fit) if parsed.fit else None
     return parsed
 
 
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12,
+         "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 def parse_size(text):
@@ -87,12 +91,12 @@ from model import GPT, PRESETS
 # -----------------------------------------------------------------------------
 # the slide's formula
 
-LECTURE = {"CUDA context": 1.0, "weights": 2.6, "gradients": 2.6, "hidden states": 1.0, "optimizer states": 5.2,
-           "total": 12.4}       # GB; measured there: 11.0
+LECTURE = {"CUDA context": 1.0, "weights": 2.6, "gradients": 2.6, "hidden states": 1.0,
+           "optimizer states": 5.2, "total": 12.4}      # GB; the lecture measured 11.0
 
 
 def estimate(config, seq=512, batch=1, float_size=2, trainable=None):
-    """The slide "GPU Memory breakdown", in bytes: {row: bytes}. trainable: parameters that are trained, default all."""
+    """The slide "GPU Memory breakdown": {row: bytes}. trainable: parameters that are trained (None: all)."""
     with torch.device("meta"):
         N = GPT(config).num_params()
     trainable = N if trainable is None else trainable
@@ -110,17 +114,17 @@ def estimate(config, seq=512, batch=1, float_size=2, trainable=None):
 # -----------------------------------------------------------------------------
 # counting
 
-CUDA_CONTEXT = 500 * 10**6      # bytes that a process with CUDA takes before its first tensor, beside the allocator's
-CUBLAS_WORKSPACE = 8_519_680    # bytes that cuBLAS asks of the allocator at the first product; 32 MiB on Hopper
+CUDA_CONTEXT = 500 * 10**6      # bytes of a process with CUDA beside those of the allocator
+CUBLAS_WORKSPACE = 8_519_680    # bytes that cuBLAS asks of the allocator at first; 32 MiB on Hopper
 ALLOCATION_UNIT = {"cuda": 512, "cpu": 1}       # an allocation takes a multiple of this many bytes
 
 PART_OF_MODULE = {"attn": "attention", "ffn": "ffn", "norm": "norms", "norm1": "norms", "norm2": "norms",
                   "adapter1": "adapters", "adapter2": "adapters", "embed": "embedding"}
-GROUP_OF_PART = {"weights": 0, "adapter": 1, "gradients": 2, "optimizer": 3}     # by the part's first word; a report's order
+GROUPS = {"weights": 0, "adapter": 1, "gradients": 2, "optimizer": 3}    # first words of parts, in order
 
 
 def origin_of_forward(name):
-    """(part, layer) of what the forward pass of the model's module of that name makes. Outside of the blocks the layer is ""."""
+    """(part, layer) of what the forward pass of the module makes. Outside of the blocks the layer is ""."""
     words = name.split(".")
     if words[0] != "blocks":
         return PART_OF_MODULE.get(words[0], "logits and loss"), ""
@@ -134,20 +138,23 @@ def part_of_weight(scheme):
 
 
 class Tracker(TorchDispatchMode):
-    """Live storage at every operation, real or fake. `with Tracker(model, optimizer) as t: step(...)`, then t.report().
+    """
+    Counts live storage at every operation, real or fake: with Tracker(model, optimizer) as tracker: step(..);
+    tracker.report().
 
-    A storage is counted from the operation that returns it to its last reference. What it is for is where it was made: in the
-    forward of which layer, in the loss, or in the backward pass. Memory that a kernel takes and gives back within is not seen.
+    A storage is counted from the operation that returns it to its last reference. What it is for is where it
+    was made: in the forward pass of which layer, in the loss, or in the backward pass. Memory that a kernel
+    takes and gives back within is not seen.
     """
 
     def __init__(self, model, optimizer=None, device="cpu"):
         super().__init__()
         self.model, self.unit = model, ALLOCATION_UNIT[device]
         self.forwards = {module: origin_of_forward(name) for name, module in model.named_modules()}
-        self.running = [("temporaries", "")]     # (part, layer) of the forward passes that are running, the innermost last
+        self.running = [("temporaries", "")]     # (part, layer) of the running forward passes, innermost last
         self.live = {}                           # address of a storage -> its serial number
         self.origins = []                        # serial number -> (part, layer)
-        self.changes = []                        # (serial number, bytes), negative where the storage is freed
+        self.changes = []                        # (serial number, bytes), negative where a storage is freed
         self.add_resident(optimizer)
 
     def add_resident(self, optimizer):
@@ -202,11 +209,12 @@ class Tracker(TorchDispatchMode):
         """The backward pass has made the gradient of a parameter."""
         self.add(p.grad, "gradients")
         serial = self.live[p.grad.untyped_storage()._cdata]
-        self.origins[serial] = "gradients", ""       # also where the backward pass had made it as a temporary
+        self.origins[serial] = "gradients", ""       # It was counted as a temporary of the backward pass.
 
     def __enter__(self):
         modules = torch.nn.modules.module
-        self.hooks = [p.register_post_accumulate_grad_hook(self.add_gradient) for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.hooks = [p.register_post_accumulate_grad_hook(self.add_gradient) for p in trained]
         self.hooks.append(modules.register_module_forward_pre_hook(self.enter))
         self.hooks.append(modules.register_module_forward_hook(self.leave, always_call=True))
         return super().__enter__()
@@ -218,8 +226,8 @@ class Tracker(TorchDispatchMode):
 
     def report(self):
         """
-        {"peak": bytes, "parts": {part: bytes}, "layers": {layer: bytes of its activations}} at the moment when most bytes were
-        live. The parts sum to the peak exactly.
+        {"peak": bytes, "parts": {part: bytes}, "layers": {layer: bytes of its activations}} when most bytes
+        were live. The parts sum to the peak exactly.
         """
         totals = list(itertools.accumulate((n for _, n in self.changes), initial=0))
         peak = max(totals)
@@ -229,7 +237,7 @@ class Tracker(TorchDispatchMode):
             parts[part] += n
             layers[layer] += n
         del layers[""]
-        parts = sorted((+parts).most_common(), key=lambda item: GROUP_OF_PART.get(item[0].split()[0], 4))
+        parts = sorted((+parts).most_common(), key=lambda item: GROUPS.get(item[0].split()[0], 4))
         return {"peak": peak, "parts": dict(parts), "layers": dict(+layers)}
 
 
@@ -238,7 +246,7 @@ class Tracker(TorchDispatchMode):
 
 
 def fake_model(config, method, dtype, storage, options):
-    """A GPT as checkpoint.load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
+    """A GPT as load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     model = GPT(config, dtype).requires_grad_(False)
     model.base_fingerprint = "simulated"
     for p in model.parameters():
@@ -262,24 +270,26 @@ def simulated_offload(model):
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def pack(t):
-        return t if t.untyped_storage()._cdata in own else (t.shape, t.dtype)
+        return t if t.untyped_storage()._cdata in own else functools.partial(torch.empty, t.shape, dtype=t.dtype)
 
     def unpack(saved):
-        if isinstance(saved, torch.Tensor):
-            return saved
-        shape, dtype = saved
-        return torch.empty(shape, dtype=dtype)
+        return saved if isinstance(saved, torch.Tensor) else saved()
+
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", storage=None, checkpointing=False,
-             gradient_accumulation_steps=1, grad_clip=1.0, label_smoothing=0.0, offload=False, **options):
-    """The peak of one training step, without the memory: {"peak", "parts", "layers", "method", "batch", "seq"}, bytes.
+def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", storage=None,
+             checkpointing=False, gradient_accumulation_steps=1, grad_clip=1.0, label_smoothing=0.0,
+             offload=False, **options):
+    """
+    The peak of one training step, without the memory: {"peak", "parts", "layers"} in bytes, as Tracker.report
+    has them, with the method, batch and seq.
 
-    config: GPTConfig or a name of PRESETS; method and options as for peft.apply; batch x seq: a micro-batch, of which
-    gradient_accumulation_steps make a step; storage: quant.Storage of the base (None: as the method has it); device: "cuda" or
-    "cpu", whose rounding and kernels are assumed. On "cuda" the parts hold the context and cuBLAS's workspace as constants. The
-    first step's own peak can be lower: Adam's states are counted as being there.
+    config: GPTConfig or a name of PRESETS. method and options: as for peft.apply. batch x seq: a micro-batch,
+    of which gradient_accumulation_steps make a step. storage: quant.Storage of the base (None: as the method
+    has it). device: "cuda" or "cpu", whose rounding and kernels are assumed; on "cuda" the parts hold the
+    context and cuBLAS's workspace as constants. The first step's own peak can be lower, because Adam's states
+    are counted as being there. ValueError where such a batch does not fit into the model's context.
     """
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
@@ -291,7 +301,8 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         make_states(model, optimizer)
         saving = functools.partial(simulated_offload, model) if offload else nullcontext
         with Tracker(model, optimizer, device) as tracker:
-            micro_batches = [tuple(torch.zeros(2, batch, seq, dtype=torch.int64)) for _ in range(gradient_accumulation_steps)]
+            micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)       # tokens and targets
+                             for _ in range(gradient_accumulation_steps)]
             run.step(model, optimizer, micro_batches, grad_clip, label_smoothing, saving)
         report = tracker.report()
     if device == "cuda":
@@ -324,11 +335,12 @@ def check_shape(config, method, batch, seq, options):
 # what fits
 
 
-def largest(need, memory, limit=2**20):
-    """The largest n in 1 .. limit with need(n) <= memory, where need never falls; 0 if there is none.
+def largest(need, memory, limit):
+    """
+    The largest n in 1 .. limit with need(n) <= memory, where need never falls; 0 if there is none.
 
-    It doubles n until n is too large. Between the last two it tries, by turns, the point where a line through them would cross
-    the memory, because need is nearly a line, and the middle.
+    It doubles n until n is too large. Between the last two it tries, by turns, the point where a line through
+    them would cross the memory, because need is nearly a line, and the middle.
     """
     low, high = 0, 1
     while need(high) <= memory:
@@ -357,12 +369,18 @@ def predicted_peak(config, method, batch, seq, **settings):
 
 
 def max_batch(config, memory, method="lora", seq=512, grow="batch", batch=1, **settings):
-    """The largest batch (grow "seq": the longest sequence) whose step's peak is at most `memory` bytes; 0 if not even 1 fits."""
+    """
+    The largest batch (grow "seq": the longest sequence of that batch) whose step's peak is at most memory,
+    bytes; 0 if not even 1 fits. settings: the other arguments of simulate.
+    """
     config = preset(config) if isinstance(config, str) else config
-    if grow == "batch":
-        return largest(lambda n: predicted_peak(config, method, n, seq, **settings), memory)
-    limit = longest_sequence(config, method, settings)
-    return largest(lambda n: predicted_peak(config, method, batch, n, **settings), memory, limit)
+    limit = 2**20 if grow == "batch" else longest_sequence(config, method, settings)
+
+    def need(n):
+        shape = (n, seq) if grow == "batch" else (batch, n)
+        return predicted_peak(config, method, *shape, **settings)
+
+    return largest(need, memory, limit)
 
 
 # -----------------------------------------------------------------------------
@@ -376,10 +394,12 @@ def slide():
     rows += [[name, f"{LECTURE[name]:.2f} GB", size(n, 2)] for name, n in ours.items()]
     return f"""{table(rows)}
 
-The lecture measured 11.0 GB. Its optional row, a float32 copy of the gradients, is 4 N = {size(2 * ours["gradients"], 2)}, not the 10.2 GB printed. Its attention
-term 3 seq^2 leaves out the number of heads ({PRESETS["opt-1.3b"].n_head}), and fused attention has no such term at all.
+The lecture measured 11.0 GB. Its optional row, a float32 copy of the gradients, is
+4 N = {size(2 * ours["gradients"], 2)}, not the 10.2 GB printed. Its attention term 3 seq^2 leaves out
+the number of heads ({PRESETS["opt-1.3b"].n_head}), and fused attention has no such term at all.
 
-This project trains in float32 with the products in bfloat16 (weights, gradients and Adam's moments 4 bytes each). The same step, simulated:
+This project trains in float32 with the products in bfloat16 (weights, gradients and Adam's
+moments 4 bytes each). The same step, simulated:
 
 {breakdown([simulate("opt-1.3b", "full")], "OPT-1.3B")}"""
 
@@ -388,12 +408,15 @@ def breakdown(reports, title):
     """A table of reports of simulate: a column each, a row a part."""
     rows = [[title, *(report["method"] for report in reports)]]
     for part in dict.fromkeys(part for report in reports for part in report["parts"]):
-        rows.append([part, *(size(report["parts"][part], 2) if part in report["parts"] else "-" for report in reports)])
+        sizes = [report["parts"].get(part) for report in reports]
+        rows.append([part, *(size(n, 2) if n else "-" for n in sizes)])
     return table([*rows, ["peak", *(size(report["peak"], 2) for report in reports)]])
 
 
-BERT = {"bert-base": {64: 64, 128: 32, 256: 16, 320: 14, 384: 12, 512: 6},       # sequence length -> the lecture's batch
-        "bert-large": {64: 12, 128: 6, 256: 2, 320: 1, 384: 0, 512: 0}}
+BERT = {        # sequence length -> the lecture's batch
+    "bert-base": {64: 64, 128: 32, 256: 16, 320: 14, 384: 12, 512: 6},
+    "bert-large": {64: 12, 128: 6, 256: 2, 320: 1, 384: 0, 512: 0},
+}
 
 
 def bert(memory):
@@ -405,9 +428,10 @@ def bert(memory):
             rows.append([name, str(seq), str(batch), str(ours)])
     return f"""{table(rows)}
 
-Ours: a decoder of that shape on {size(memory, 2)}, all trained, float32, Adam, fused attention, the loss in chunks, every token supervised. The
-lecture's (google-research/bert) is TensorFlow's of 2018, whose attention keeps (heads, seq, seq) several times over and whose allocator
-held back what it had once taken: the numbers should differ, and the more so the longer the sequence."""
+Ours: a decoder of that shape on {size(memory, 2)}, all trained, float32, Adam, fused attention, the loss in
+chunks, every token supervised. The lecture's (google-research/bert) is TensorFlow's of 2018, whose
+attention keeps (heads, seq, seq) several times over and whose allocator held back what it had once
+taken: the numbers should differ, and the more so the longer the sequence."""
 
 
 def readme_table():
@@ -439,7 +463,7 @@ def settings_of(args):
 
 
 def fitting(config, method, args, settings):
-    """A line: the largest batch or the longest sequence in the memory of args.fit, or what would fit instead of the method."""
+    """A line: the largest batch or sequence in the memory of args.fit, or what would fit instead."""
     check_shape(config, method, args.batch, args.seq, settings)
     n = max_batch(config, args.fit, method, args.seq, args.grow, args.batch, **settings)
     if n and args.grow == "batch":
@@ -447,11 +471,13 @@ def fitting(config, method, args, settings):
     if n:
         return f"{method}: sequences of {n} tokens, batch {args.batch}"
     seq = 1 if args.grow == "seq" else args.seq
-    smallest = {other: predicted_peak(config, other, 1, seq, **settings | {"storage": None}) for other in ("lora", "qlora")}
-    other = min(smallest, key=smallest.get)
+    peaks = {}
+    for other in ("lora", "qlora"):
+        peaks[other] = predicted_peak(config, other, 1, seq, **settings | {"storage": None})
+    other = min(peaks, key=peaks.get)
     advice = f"{other} would fit"
-    if smallest[other] > args.fit:
-        advice = f"not even {other}, which takes {size(smallest[other], 2)}, fits"
+    if peaks[other] > args.fit:
+        advice = f"not even {other}, which takes {size(peaks[other], 2)}, fits"
     return f"{method}: does not fit at batch 1; {advice}"
 
 
