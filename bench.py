@@ -1,20 +1,21 @@
 """
-Speed and memory beside the stack that people use, and beside what the hardware can do. Every side is a process of its own.
+Speed and memory beside the stack that people use, and beside what the hardware can do.
 
-    python bench.py step --peer                                  # a training step: tokens a second, resident peak
-    python bench.py step --base gpt2 --method qlora --batch 4 --seq 512 --dtype bfloat16 --steps 5 --peer
-    python bench.py loss                                         # the same 50 losses as peft + bitsandbytes, step by step
-    python bench.py epoch --data DIR/e2e --tokenizer DIR/gpt2 --peer     # texts of real lengths, ours bucketed, theirs padded as usual
-    python bench.py quant --peer                                 # 4096 x 4096: quantize, dequantize
-    python bench.py generate --base DIR                          # with the cache, in a batch and one at a time
-    python bench.py load --base DIR                              # reading and quantizing a checkpoint
-    python bench.py grow --base gpt2                             # by sequence length, rank and model size, beside memory.py
+    python bench.py step --peer --than lora            # a training step: tokens a second, resident peak
+    python bench.py epoch --data DIR/e2e --tokenizer DIR/gpt2 --peer      # texts of real lengths
+    python bench.py loss --single --dtype float32      # the same losses as peft + bitsandbytes, step by step
+    python bench.py quant --peer                       # 4096 x 4096: quantize, dequantize
+    python bench.py generate --batch 64                # prompts in a batch, and one at a time
+    python bench.py grow                               # by sequence length, rank and model, beside memory.py
 
-The peers are peft + bitsandbytes + transformers (requirements-peers.txt), run by the Python that NANOPEFT_PEERS names: as they come,
-and with the C library's allocator told to keep memory, as nanopeft tells it itself. Sides alternate; medians; the last line is JSON.
+Every side is a process of its own; the sides alternate, what is printed are medians, and the last line is
+JSON. The peers are peft + bitsandbytes + transformers (requirements-peers.txt), run by the Python that
+NANOPEFT_PEERS names: as they come, and with the C library's allocator told to keep memory, as nanopeft
+tells it itself.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -22,136 +23,201 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.config import Config, run_main
+from lib.config import Config, run_main, write_toml
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184", "MALLOC_TOP_PAD_": "268435456"}
+
+def parse(args):
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "grow", "worker"))
+    parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("--base", help="a checkpoint's folder, a preset, or llama-124m (default of loss)")
+    parser.add_argument("--than", default="", help="other methods of ours, joined by commas")
+    parser.add_argument("--single", action="store_true", help="the base's scales stay in float32")
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2, help="how often the sides take turns")
+    parser.add_argument("--data", default="embedded", help="epoch: as for train.py")
+    parser.add_argument("--tokenizer", default="", help="epoch: a folder with one, where the base has none")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--peer", action="store_true", help="measure the peers as well")
+    parsed = parser.parse_args(args)
+    parsed.base = parsed.base or ("llama-124m" if parsed.what == "loss" else "gpt2")
+    for name in ("rank", "batch", "seq", "steps", "rounds"):
+        value = getattr(parsed, name)
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    return parsed
+
+
+if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
+    ARGS = run_main(parse, sys.argv[1:])
+
+import torch
+
+import data
+import hub
+import memory
+import peft
+import quant
+from lib import checkpoint, machine, run
+from lib.files import check
+from lib.report import size, table
+from model import GPT
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a side measures. Ours and the peers' get it as JSON."""
+    what: str                   # step, epoch, quant, generate or grow
+    base: str                   # the folder of a checkpoint
+    rank: int
+    batch: int
+    seq: int
+    steps: int
+    dtype: str
+    device: str
+    double: bool                # QLoRA: the scales are quantized again
+    method: str = "qlora"       # any other has a dense base
+    adapter: str = ""           # a run's folder, whose adapter is taken (theirs: its folder peft); none: a new one
+    sequences: str = ""         # epoch: a JSON file with [[ids, tokens of the prompt], ..]
+
 
 # -----------------------------------------------------------------------------
-# our side
+# our side: the figures of a job, {name: [values]}
 
 
-def median_time(function, n, sync=lambda: None):
-    """[seconds] of n calls after one to warm up."""
-    function()
-    sync()
+def timed(function, n, device):
+    """The seconds of each of n calls, after one to warm up."""
     seconds = []
-    for _ in range(n):
+    for _ in range(n + 1):
         start = time.perf_counter()
         function()
-        sync()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-    return seconds
+    return seconds[1:]
 
 
-def storage(job):
-    """The quant.Storage of a job, or None."""
-    import quant
-    return quant.Storage(job["quant"], double=job["double"]) if job["quant"] else None
+def prepared_device(job):
+    """The torch.device of a job, ready for the first product."""
+    device = machine.pick_device(job.device)
+    machine.prepare(device)
+    return device
 
 
-def setting(job):
-    """(model, optimizer, batches) of a job: model from a folder or a preset, LoRA's B random so that every product counts."""
-    from lib import checkpoint, machine, run
-    import torch
-    import peft
-    device = machine.pick_device(job["device"])
-    if device.type == "cpu":
-        machine.tune_memory()
-    config = Config(method=job["method"], rank=job["rank"], dtype=job["dtype"], quant=job["quant"], learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01)
+def storage_of(job):
+    """The quant.Storage of a job's base, or None."""
+    return quant.Storage("nf4", double=job.double) if job.method == "qlora" else None
+
+
+def set_up(job):
+    """(model, optimizer, device) of a job, ready to train."""
+    device = prepared_device(job)
     torch.manual_seed(0)
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job), device)
-    peft.apply(model, config.method, rank=config.rank)
-    model.checkpointing = job.get("checkpointing", False)
+    model = checkpoint.load_base(job.base, getattr(torch, job.dtype), storage_of(job), device)
+    peft.apply(model, job.method, rank=job.rank)
+    if job.adapter:
+        peft.load_adapter(model, Path(job.adapter, "adapter.pt"))
+    optimizer = run.make_optimizer(model, Config(learning_rate=1e-3, lora_plus_ratio=1.0, weight_decay=0.01))
+    return model.train(), optimizer, device
+
+
+def random_batches(job, model, device):
+    """
+    [(tokens, targets)], each (batch, seq) int64: a micro-batch for each step and one to warm up. The peers
+    draw the same tokens.
+    """
     g = torch.Generator().manual_seed(1)
-    V = model.config.vocab_size
-    batches = [torch.randint(V, (job["batch"], job["seq"]), generator=g).to(device) for _ in range(job["steps"] + 1)]
-    return model.train(), run.make_optimizer(model, config), [(t, torch.cat((t[:, 1:], t.new_full((len(t), 1), -1)), 1)) for t in batches], device
+    batches = []
+    for _ in range(job.steps + 1):
+        tokens = torch.randint(model.config.vocab_size, (job.batch, job.seq), generator=g).to(device)
+        targets = tokens.roll(-1, 1)
+        targets[:, -1] = -1
+        batches.append((tokens, targets))
+    return batches
 
 
-def ours_step(job):
-    """A training step, after one to warm up."""
-    from lib import machine, run
-    import torch
-    model, optimizer, batches, device = setting(job)
-    if job.get("compile"):
-        machine.compile_model(model, device)
-    if job.get("adapter"):
-        load_peft_tensors(model, job["adapter"])
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    losses, left = [], iter(batches)
-    seconds = median_time(lambda: losses.append(float(run.step(model, optimizer, [next(left)], 1.0)[0])), job["steps"], sync)
-    return {"seconds": seconds, "losses": losses, "peak": machine.peak_bytes(), "rate": matrix_rate(job, device)}
-
-
-def ours_epoch(job):
-    """Steps over texts of real lengths, batched as train.py batches them."""
-    from lib import machine, run
-    import data
-    model, optimizer, _, device = setting(job | {"steps": 0})
-    sequences = [tuple(pair) for pair in json.loads(Path(job["sequences"]).read_text())]
-    batches = data.Batches(data.Encoded(sequences, model.config.block_size), job["batch"], 1)
+def measure_step(job):
+    """Training steps; and the rate of a large product of this type, in floating-point operations a second."""
+    model, optimizer, device = set_up(job)
+    batches = iter(random_batches(job, model, device))
+    losses = []
 
     def step():
-        run.step(model, optimizer, [tuple(t.to(device) for t in next(batches))], 1.0)[0].item()
-    return {"seconds": median_time(step, job["steps"]), "peak": machine.peak_bytes()}
+        loss, _ = run.step(model, optimizer, [next(batches)], grad_clip=1.0)
+        losses.append(float(loss))
+
+    seconds = timed(step, job.steps, device)
+    peak = machine.peak_bytes()
+    a = torch.randn(2048, 2048, device=device).to(getattr(torch, job.dtype))
+    rates = [2 * 2048**3 / t for t in timed(lambda: a @ a, 7, device)]
+    return {"seconds": seconds, "losses": losses, "peak": [peak], "rate_of_products": rates}
 
 
-def matrix_rate(job, device):
-    """Floating-point operations a second of a large product of this type, here and now."""
-    import torch
-    a = torch.randn(2048, 2048, device=device).to(getattr(torch, job["dtype"]))
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    return 2 * 2048**3 / statistics.median(median_time(lambda: a @ a, 7, sync))
+def measure_epoch(job):
+    """Steps over texts of real lengths, batched as train.py batches them."""
+    model, optimizer, device = set_up(job)
+    sequences = [tuple(pair) for pair in json.loads(Path(job.sequences).read_text())]
+    batches = data.Batches(data.Encoded(sequences, model.config.block_size), job.batch, seed=1)
+
+    def step():
+        tokens, targets = next(batches)
+        run.step(model, optimizer, [(tokens.to(device), targets.to(device))], grad_clip=1.0)
+
+    return {"seconds": [sum(timed(step, job.steps, device))], "peak": [machine.peak_bytes()]}
 
 
-def ours_quant(job):
-    """A 4096 x 4096 matrix to NF4 and back, into memory that is kept."""
-    from lib import machine
-    import torch
-    import quant
-    device = machine.pick_device(job["device"])
-    if device.type == "cpu":
-        machine.tune_memory()
-    sync = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+def measure_quant(job):
+    """A 4096 x 4096 matrix to NF4, and back to bfloat16 in memory that is kept."""
+    device = prepared_device(job)
     W = torch.randn(4096, 4096, device=device)
-    q, out = quant.quantize(W, "nf4", 64), torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
-    return {"quantize": median_time(lambda: quant.quantize(W, "nf4", 64), 5, sync), "dequantize": median_time(lambda: q.dequantize(out=out), 9, sync)}
+    q, out = quant.quantize(W, "nf4"), torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
+    return {"quantize": timed(lambda: quant.quantize(W, "nf4"), 5, device),
+            "dequantize": timed(lambda: q.dequantize(out=out), 9, device)}
 
 
-def ours_generate(job):
-    """A batch of prompts together and one at a time, 32 tokens each."""
-    from lib import checkpoint, machine
-    import torch
-    device = machine.pick_device(job["device"])
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job), device).eval()
-    g = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(model.config.vocab_size, (int(n),), generator=g).tolist() for n in torch.randint(8, 40, (job["batch"],), generator=g)]
-    together = median_time(lambda: model.generate(prompts, 32, temperature=0), 3)
-    alone = median_time(lambda: [model.generate([p], 32, temperature=0) for p in prompts], 1)
-    return {"together": together, "alone": alone}
+def measure_generate(job):
+    """32 tokens after each of a batch of prompts, together and one at a time."""
+    device = prepared_device(job)
+    model = checkpoint.load_base(job.base, getattr(torch, job.dtype), storage_of(job), device).eval()
+    V, g = model.config.vocab_size, torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 40, (job.batch,), generator=g).tolist()
+    prompts = [torch.randint(V, (n,), generator=g).tolist() for n in lengths]
+
+    def one_at_a_time():
+        for prompt in prompts:
+            model.generate([prompt], 32, temperature=0)
+
+    return {"together": timed(lambda: model.generate(prompts, 32, temperature=0), 3, device),
+            "alone": timed(one_at_a_time, 1, device)}
 
 
-def ours_load(job):
-    """A checkpoint read, and quantized on the way."""
-    from lib import checkpoint, machine, run
-    import torch
-    import peft
-    before = machine.resident_bytes()
-    start = time.perf_counter()
-    model = checkpoint.load_base(job["base"], getattr(torch, job["dtype"]), storage(job))
-    seconds = time.perf_counter() - start
-    return {"seconds": [seconds], "peak": machine.peak_bytes() - before, "held": sum(run.storage_by_type(model).values()), "parameters": peft.count_parameters(model)["base"]}
+def measure_grow(job):
+    """A step's seconds, and the bytes of the last step as memory.Tracker counts them."""
+    model, optimizer, device = set_up(job)
+    *batches, last = random_batches(job, model, device)
+    remaining = iter(batches)
+
+    def step():
+        run.step(model, optimizer, [next(remaining)], grad_clip=1.0)
+
+    seconds = timed(step, job.steps - 1, device)
+    with memory.Tracker(model, optimizer) as tracker:
+        run.step(model, optimizer, [last], grad_clip=1.0)
+    return {"seconds": seconds, "counted": [tracker.report()["peak"]]}
 
 
-def load_peft_tensors(model, folder):
-    """Sets the adapter to the one in a folder of PEFT's."""
-    import hub
-    import peft
-    _, _, tensors = hub.from_peft(folder, model.config)
-    peft.load_state(model, {n: t.contiguous() for n, t in tensors.items()})
-
+MEASURES = {"step": measure_step, "epoch": measure_epoch, "quant": measure_quant,
+            "generate": measure_generate, "grow": measure_grow}
 
 # -----------------------------------------------------------------------------
 # the peers' side: code for their interpreter
@@ -159,311 +225,326 @@ def load_peft_tensors(model, folder):
 PEER = r'''
 import json, resource, sys, time
 import torch
+
 job = json.loads(sys.argv[1])
-def median_time(function, n):
-    function()
+g = torch.Generator().manual_seed(1)
+
+def timed(function, n):
     seconds = []
-    for _ in range(n):
-        start = time.perf_counter(); function(); seconds.append(time.perf_counter() - start)
-    return seconds
-if job["what"] == "quant":
+    for _ in range(n + 1):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return seconds[1:]
+
+def quantization():
     import bitsandbytes.functional as F
     W = torch.randn(4096, 4096)
-    q, s = F.quantize_4bit(W, blocksize=64, quant_type="nf4")
-    s.dtype = torch.bfloat16
-    result = {"quantize": median_time(lambda: F.quantize_4bit(W, blocksize=64, quant_type="nf4"), 5), "dequantize": median_time(lambda: F.dequantize_4bit(q, s), 9)}
-else:
+    q, state = F.quantize_4bit(W, blocksize=64, quant_type="nf4")
+    state.dtype = torch.bfloat16
+    return {"quantize": timed(lambda: F.quantize_4bit(W, blocksize=64, quant_type="nf4"), 5),
+            "dequantize": timed(lambda: F.dequantize_4bit(q, state), 9)}
+
+def load_model():
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from peft import LoraConfig, PeftModel, get_peft_model
     dtype = getattr(torch, job["dtype"])
-    kwargs = {}
-    if job["quant"]:
-        kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, attn_implementation="sdpa", **kwargs)
+    storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                 bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, attn_implementation="sdpa",
+                                                 quantization_config=storage)
     model.config.use_cache = False
-    gpt2 = model.config.model_type == "gpt2"
-    if job.get("adapter"):
-        model = PeftModel.from_pretrained(model, job["adapter"], is_trainable=True)
+    if job["adapter"]:
+        model = PeftModel.from_pretrained(model, job["adapter"] + "/peft", is_trainable=True)
     else:
-        targets = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"] if gpt2 else ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=targets, fan_in_fan_out=gpt2))
-    model.train()
-    for m in model.modules():
-        if isinstance(m, torch.nn.Dropout): m.p = 0.0
+        gpt2 = model.config.model_type == "gpt2"
+        targets = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+        if not gpt2:
+            targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        config = LoraConfig(task_type="CAUSAL_LM", r=job["rank"], lora_alpha=16, target_modules=targets,
+                            fan_in_fan_out=gpt2)
+        model = get_peft_model(model, config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.train()
+
+def random_batches(vocab_size):
+    for _ in range(job["steps"] + 1):
+        tokens = torch.randint(vocab_size, (job["batch"], job["seq"]), generator=g)
+        yield dict(input_ids=tokens, labels=tokens)
+
+def padded_batches():       # random sequences, padded to the longest of a batch as the usual collator does
+    sequences = json.load(open(job["sequences"]))
+    order = torch.randperm(len(sequences), generator=g).tolist()
+    for i in range(0, len(order), job["batch"]):
+        chosen = [sequences[j] for j in order[i:i + job["batch"]]]
+        shape = len(chosen), max(len(ids) for ids, _ in chosen)
+        tokens, labels = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
+        mask = torch.zeros_like(tokens)
+        for row, (ids, n_prompt) in enumerate(chosen):
+            tokens[row, :len(ids)] = torch.tensor(ids)
+            labels[row, n_prompt:len(ids)] = torch.tensor(ids[n_prompt:])
+            mask[row, :len(ids)] = 1
+        yield dict(input_ids=tokens, labels=labels, attention_mask=mask)
+
+def training():
+    model = load_model()
     params = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=0.01)
-    g = torch.Generator().manual_seed(1)
+    epoch = job["what"] == "epoch"
+    batches = padded_batches() if epoch else iter(list(random_batches(model.config.vocab_size)))
     losses = []
-    if job["what"] == "epoch":      # random batches padded to their longest, as the usual collator does
-        sequences = json.load(open(job["sequences"]))
-        order = torch.randperm(len(sequences), generator=g).tolist()
-        def batch(i):
-            part = [sequences[j] for j in order[i * job["batch"]:(i + 1) * job["batch"]]]
-            T = max(len(ids) for ids, _ in part)
-            tokens, labels, mask = torch.zeros(len(part), T, dtype=torch.long), torch.full((len(part), T), -100), torch.zeros(len(part), T, dtype=torch.long)
-            for row, (ids, n) in enumerate(part):
-                tokens[row, :len(ids)] = torch.tensor(ids)
-                labels[row, n:len(ids)] = torch.tensor(ids[n:])
-                mask[row, :len(ids)] = 1
-            return dict(input_ids=tokens, labels=labels, attention_mask=mask)
-        batches = map(batch, range(10**9))
-    else:
-        batches = (dict(input_ids=t, labels=t) for t in [torch.randint(model.config.vocab_size, (job["batch"], job["seq"]), generator=g) for _ in range(job["steps"] + 1)])
     def step():
         loss = model(**next(batches)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step(); optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-    result = {"seconds": median_time(step, job["steps"]), "losses": losses, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-print(json.dumps(result))
+    seconds = timed(step, job["steps"])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": [sum(seconds)] if epoch else seconds, "losses": losses, "peak": [peak]}
+
+print(json.dumps(quantization() if job["what"] == "quant" else training()))
 '''
 
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
+             "MALLOC_TOP_PAD_": "268435456"}        # glibc keeps freed memory
 
-def peer(job, allocator=False):
-    """The peers' side of a job, in their interpreter."""
-    if "NANOPEFT_PEERS" not in os.environ:
-        raise ValueError("--peer needs NANOPEFT_PEERS: a Python with requirements-peers.txt")
-    return run([os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", PEER, json.dumps(job)], ALLOCATOR if allocator else {}, "/")
-
-
-def ours(job):
-    """Our side of a job, in a process of its own."""
-    return run([sys.executable, str(Path(__file__).resolve()), "worker", json.dumps(job)], {}, ".")
+# -----------------------------------------------------------------------------
+# sides
 
 
-def run(command, environment, folder):
-    """What a side prints in its last line."""
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment)
-    if done.returncode:
-        raise ValueError(f"a side of the benchmark failed: {' '.join(done.stderr.strip().splitlines()[-1:])}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+@dataclass(frozen=True)
+class Side:
+    """A process that measures a job and prints {name: [values]} as JSON in the last line."""
+    name: str
+    job: Job
+    command: tuple              # the job follows as the last argument
+    environment: dict
+
+    def figures(self):
+        """Runs the process. ValueError with its last words where it fails."""
+        command = [*self.command, json.dumps(dataclasses.asdict(self.job))]
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | self.environment
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        _, _, last_words = done.stderr.strip().rpartition("\n")
+        check(done.returncode == 0, f"a side of the benchmark failed: {last_words}")
+        return json.loads(done.stdout.strip().rpartition("\n")[2])
+
+
+def ours(job, name="nanopeft"):
+    """Our side of a job."""
+    return Side(name, job, (sys.executable, str(Path(__file__).resolve()), "worker"), {})
+
+
+def peers(job):
+    """The peers' sides of a job: as they come, and with an allocator that keeps memory."""
+    check("NANOPEFT_PEERS" in os.environ, "the peers need NANOPEFT_PEERS, a Python with requirements-peers.txt")
+    command = os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", PEER
+    return [Side("peft + bitsandbytes", job, command, {}),
+            Side("the same, allocator set", job, command, ALLOCATOR)]
+
+
+def all_figures(job, args):
+    """
+    {side: {name: [values]}} of our side, of our other methods, and of the peers. They take turns, args.rounds
+    times.
+    """
+    sides = [ours(job)]
+    for method in filter(None, args.than.split(",")):
+        sides.append(ours(replace(job, method=method), f"nanopeft, {method}"))
+    if args.peer:
+        sides += peers(job)
+    figures = {side.name: defaultdict(list) for side in sides}
+    for _ in range(args.rounds):
+        for side in sides:
+            for name, values in side.figures().items():
+                figures[side.name][name] += values
+    return figures
+
+
+def spread(values):
+    """The median, the least and the most of the values."""
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
+
+
+def spread_text(values):
+    """A spread as a table's cell."""
+    median, least, most = (f"{value:,.1f}" for value in values.values())
+    return f"{median} ({least} to {most})"
 
 
 # -----------------------------------------------------------------------------
-# side by side
+# what is measured: each prints a table and returns what goes into the JSON
+
+
+def speed_report(figures, amount, unit, title):
+    """
+    {side: {"UNIT_per_second": spread, "peak": bytes}}, printed as a table. amount: how much of the unit each
+    of the figures' "seconds" was for.
+    """
+    speed, report = f"{unit}_per_second", {}
+    for name, side in figures.items():
+        speeds = [amount / seconds for seconds in side["seconds"]]
+        report[name] = {speed: spread(speeds), "peak": max(side["peak"])}
+    own = report["nanopeft"]
+    rows = [[title, f"{unit} a second", "peak", "nanopeft is", "and takes"]]
+    for name, side in report.items():
+        times = own[speed]["median"] / side[speed]["median"]
+        share = own["peak"] / side["peak"]
+        rows.append([name, spread_text(side[speed]), size(side["peak"], 2),
+                     f"{times:.2f} times as fast", f"{share:.2f} of the memory"])
+    print(table(rows))
+    return report
+
+
+def bench_step(job, args, folder):
+    """A training step of each side, and the share of the rate of one large product that ours reaches."""
+    figures = all_figures(job, args)
+    title = f"{args.base}, {job.batch} x {job.seq}, {job.dtype}"
+    report = speed_report(figures, job.batch * job.seq, "tokens", title)
+    own = report["nanopeft"]
+    rate = statistics.median(figures["nanopeft"]["rate_of_products"])
+    share = flops_per_token(job) * own["tokens_per_second"]["median"] / rate
+    own |= {"rate_of_products": rate, "share_of_it": share}
+    print(f"nanopeft runs at {share:.0%} of the {rate / 1e12:.2f} Tflop/s of a large product")
+    return report
+
+
+def flops_per_token(job):
+    """Operations of the products with the frozen matrices, forward and backward; without the attention's."""
+    with torch.device("meta"):
+        model = GPT(checkpoint.read_config(job.base))
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
+    return 4 * sum(p.numel() for p in (*matrices, model.head.weight))
+
+
+def bench_epoch(job, args, folder):
+    """Sequences a second over a shuffled part of an epoch; the peers get the same texts."""
+    tokenizer = data.Tokenizer.load(args.tokenizer or job.base)
+    context = checkpoint.read_config(job.base).block_size
+    encoded = data.encode(data.load(args.data).train, tokenizer, context)
+    path = folder / "sequences.json"
+    path.write_text(json.dumps(encoded.sequences))
+    figures = all_figures(replace(job, sequences=str(path)), args)
+    title = f"{args.base}, batches of {job.batch} out of {len(encoded.sequences)} texts, {job.dtype}"
+    return speed_report(figures, job.steps * job.batch, "sequences", title)
+
+
+def bench_loss(job, args, folder):
+    """
+    Our losses and the peers' from the same weights, adapter and data. The base must be a Llama, because with
+    the peers GPT-2's fused q, k, v take another LoRA.
+    """
+    model = checkpoint.load_base(job.base)
+    peft.apply(model, "lora", rank=job.rank)
+    torch.manual_seed(5)
+    for name, p in model.named_parameters():
+        if name.endswith(".B"):
+            p.data.normal_(std=0.02)
+    peft.save_adapter(model, folder / "adapter.pt")
+    (folder / "config.toml").write_text(write_toml(Config(base=job.base, rank=job.rank)))
+    hub.export(folder, folder / "peft")
+    job = replace(job, what="step", adapter=str(folder))
+    own, theirs = (side.figures()["losses"] for side in (ours(job), peers(job)[0]))
+    difference = max(abs(a - b) for a, b in zip(own, theirs, strict=True))
+    print(table([[f"{len(own)} steps, {job.dtype}", "first loss", "last loss"],
+                 ["nanopeft", f"{own[0]:.5f}", f"{own[-1]:.5f}"],
+                 ["peft + bitsandbytes", f"{theirs[0]:.5f}", f"{theirs[-1]:.5f}"]]))
+    print(f"largest difference {difference:.2e}")
+    return {"ours": own, "peers": theirs, "largest_difference": difference}
+
+
+def bench_quant(job, args, folder):
+    """Milliseconds to quantize and to dequantize."""
+    rows, report = [["4096 x 4096, NF4, block 64", "quantize, ms", "dequantize, ms"]], {}
+    for name, figures in all_figures(job, args).items():
+        report[name] = {}
+        for what, seconds in figures.items():
+            report[name][what] = spread([1000 * t for t in seconds])
+        rows.append([name, *map(spread_text, report[name].values())])
+    print(table(rows))
+    return report
+
+
+def bench_generate(job, args, folder):
+    """Seconds for prompts in a batch, and one at a time."""
+    figures = ours(job).figures()
+    together, alone = statistics.median(figures["together"]), figures["alone"][0]
+    print(f"{job.batch} prompts, 32 tokens each: {together:.2f} s together, {alone:.2f} s one at a time, "
+          f"{alone / together:.1f} times as fast")
+    return figures
+
+
+def bench_grow(job, args, folder):
+    """Seconds and bytes of a step by sequence length, rank and model; the bytes beside memory.py's."""
+    job = replace(job, batch=1, steps=3)
+    report = []
+    for what, value, changed in variants(job, folder):
+        config = checkpoint.read_config(changed.base)
+        figures = ours(changed).figures()
+        dtype = getattr(torch, changed.dtype)
+        predicted = memory.simulate(config, changed.method, 1, changed.seq, dtype, "cpu", storage_of(changed),
+                                    rank=changed.rank)
+        row = {"what": what, "value": value, "seconds": statistics.median(figures["seconds"]),
+               "counted": figures["counted"][0], "predicted": predicted["peak"]}
+        print("{what:6}{value!s:>12}  {seconds:7.2f} s a step  {counted:13,} bytes counted  "
+              "{predicted:13,} predicted".format(**row), flush=True)
+        report.append(row)
+    return report
+
+
+def variants(job, folder):
+    """Yields (what, value, job with that value)."""
+    context = checkpoint.read_config(job.base).block_size
+    for seq in (128, 256, 512, 1024, 2048):
+        if seq <= context:
+            yield "seq", seq, replace(job, seq=seq)
+    for rank in (1, 16, 256):
+        yield "rank", rank, replace(job, rank=rank)
+    for name in ("gpt2", "gpt2-medium", "gpt2-large"):
+        yield "model", name, replace(job, base=base_folder(name, folder / name))
+
+
+# -----------------------------------------------------------------------------
+
+BENCHES = {"step": bench_step, "epoch": bench_epoch, "loss": bench_loss, "quant": bench_quant,
+           "generate": bench_generate, "grow": bench_grow}
 
 
 def base_folder(name, folder):
-    """A folder as it is, or random weights of a preset's shape written as a checkpoint, so that both sides read the same."""
-    from lib import checkpoint
+    """
+    A checkpoint's folder as it is; or the given folder, with random weights of a preset's shape written into
+    it, so that both sides read the same. llama-124m is a Llama of GPT-2's width and depth.
+    """
     if Path(name, "config.json").is_file():
         return str(Path(name).resolve())
-    import dataclasses
-    import torch
-    from memory import preset
-    from model import GPT
-    shapes = {"llama-124m": dict(n_layer=12, n_head=12, n_embd=768, n_ffn=2048)}       # the width and depth of GPT-2
-    config = dataclasses.replace(preset("llama-7b"), **shapes[name]) if name in shapes else preset(name)
+    if name == "llama-124m":
+        config = replace(memory.preset("llama-7b"), n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
+    else:
+        config = memory.preset(name)
     torch.manual_seed(0)
     checkpoint.save_base(GPT(config), folder)
     return str(folder)
 
 
-def alternate(sides, rounds):
-    """{name: [result]}: each side in turn, rounds times."""
-    results = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            results[name].append(side())
-    return results
-
-
-def spread(values):
-    """Of the values: median, least, most."""
-    return {"median": statistics.median(values), "least": min(values), "most": max(values)}
-
-
-def bench_step(job, args):
-    """A training step of each side: tokens a second, resident peak, share of the rate of one large product."""
-    sides = {"nanopeft": lambda: ours(job)}
-    for other in args.than.split(",") if args.than else ():
-        sides[f"nanopeft, {other}"] = lambda other=other: ours(job | {"method": other, "quant": "nf4" if other == "qlora" else args.quant})
-    if args.peer:
-        sides |= {"peft + bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
-    results = alternate(sides, args.rounds)
-    tokens, report = job["batch"] * job["seq"], {}
-    for name, runs in results.items():
-        rate = [tokens / s for r in runs for s in r["seconds"]]
-        report[name] = {"tokens_per_second": spread(rate), "peak": max(r["peak"] for r in runs)}
-    ours_ = report["nanopeft"]
-    ours_["matrix_rate"] = statistics.median(r["rate"] for r in results["nanopeft"])
-    ours_["share_of_it"] = flops_per_token(job) * ours_["tokens_per_second"]["median"] / ours_["matrix_rate"]
-    print(f"{Path(job['name']).name}, {job['method']} rank {job['rank']}, {job['batch']} x {job['seq']}, {job['dtype']}")
-    for name, r in report.items():
-        t = r["tokens_per_second"]
-        ratio = f"  {ours_['tokens_per_second']['median'] / t['median']:5.2f} times as fast, {ours_['peak'] / r['peak']:.2f} of its memory" if r is not ours_ else \
-            f"  {ours_['share_of_it']:.0%} of the {ours_['matrix_rate'] / 1e12:.2f} Tflop/s of a large product"
-        print(f"  {name:26} {t['median']:8.0f} tokens/s ({t['least']:.0f} to {t['most']:.0f})  {r['peak'] / 1e9:5.2f} GB{ratio}")
-    return report
-
-
-def bench_epoch(job, args):
-    """Sequences a second over a shuffled part of an epoch; the peers get the same texts."""
-    from lib import checkpoint
-    import data
-    encoded = data.encode(data.load(args.data).train, data.Tokenizer.load(args.tokenizer or job["base"]), checkpoint.read_config(job["base"]).block_size)
-    Path(job["folder"], "sequences.json").write_text(json.dumps(encoded.sequences))
-    job["sequences"] = str(Path(job["folder"], "sequences.json"))
-    sides = {"nanopeft": lambda: ours(job)}
-    if args.peer:
-        sides |= {"peft + bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
-    report = {name: {"sequences_per_second": spread([job["steps"] * job["batch"] / sum(r["seconds"]) for r in runs]), "peak": max(r["peak"] for r in runs)}
-              for name, runs in alternate(sides, args.rounds).items()}
-    print(f"{Path(job['name']).name}, {job['method']} rank {job['rank']}, batches of {job['batch']} out of {len(encoded.sequences)} texts, {job['dtype']}")
-    best = report["nanopeft"]["sequences_per_second"]["median"]
-    for name, r in report.items():
-        print(f"  {name:26} {r['sequences_per_second']['median']:8.2f} sequences/s  {r['peak'] / 1e9:5.2f} GB" + (f"  {best / r['sequences_per_second']['median']:5.2f} times as fast" if name != "nanopeft" else ""))
-    return report
-
-
-def flops_per_token(job):
-    """Of the products that cannot be left out: forward, and backward to the inputs, of every frozen matrix; attention's scores apart."""
-    from lib import checkpoint
-    import torch
-    from model import GPT
-    with torch.device("meta"):
-        model = GPT(checkpoint.read_config(job["base"]))
-    matrices = sum(p.numel() for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2) + model.head.weight.numel()
-    return 4 * matrices if job["method"] != "full" else 6 * matrices
-
-
-def bench_loss(job, args):
-    """Ours and the peers' losses from the same weights, adapters and data. On a Llama shape: GPT-2's fused q, k, v take another LoRA there."""
-    from lib import checkpoint, files
-    import hub
-    import torch
-    import peft
-    with tempfile.TemporaryDirectory() as folder:
-        model = checkpoint.load_base(job["base"])
-        peft.apply(model, "lora", rank=job["rank"])
-        with torch.no_grad():
-            torch.manual_seed(5)
-            for n, p, m in peft.parameters_by_method(model):
-                if m and n.endswith(".B"):
-                    p.normal_(std=0.02)
-        said, tensors = hub.to_peft(peft.pack_adapter(model), model.config)
-        del model
-        files.write_safetensors(Path(folder, "adapter_model.safetensors"), {n: (torch.float32, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
-        Path(folder, "adapter_config.json").write_text(json.dumps(said))
-        job["adapter"] = folder
-        a, b = ours(job)["losses"], peer(job)["losses"]
-    worst = max(abs(x - y) for x, y in zip(a, b))
-    print(f"{len(a)} steps, {job['dtype']}: ours {a[0]:.5f} to {a[-1]:.5f}, theirs {b[0]:.5f} to {b[-1]:.5f}; largest difference {worst:.2e}")
-    return {"ours": a, "peers": b, "largest_difference": worst}
-
-
-def bench_quant(job, args):
-    """Milliseconds to quantize and dequantize."""
-    sides = {"nanopeft": lambda: ours(job)}
-    if args.peer:
-        sides |= {"bitsandbytes": lambda: peer(job), "the same, allocator set": lambda: peer(job, True)}
-    results = {name: {what: spread([1e3 * s for r in runs for s in r[what]]) for what in ("quantize", "dequantize")} for name, runs in alternate(sides, args.rounds).items()}
-    print("4096 x 4096, NF4, block 64; milliseconds")
-    for name, r in results.items():
-        print(f"  {name:26}" + "".join(f"  {what} {r[what]['median']:7.1f} ({r[what]['least']:.1f} to {r[what]['most']:.1f})" for what in r))
-    return results
-
-
-def bench_generate(job, args):
-    """Prompts in a batch against one at a time."""
-    result = ours(job)
-    a, b = statistics.median(result["together"]), result["alone"][0]
-    print(f"{job['batch']} prompts, 32 tokens each: {a:.2f} s together, {b:.2f} s one at a time, {b / a:.1f} times as fast")
-    return result
-
-
-def bench_load(job, args):
-    """Seconds and bytes to read a checkpoint into storage."""
-    result = ours(job)
-    print(f"{result['parameters']:,} parameters, {job['quant'] or job['dtype']}: {result['seconds'][0]:.2f} s, {result['held'] / 1e6:.1f} MB held, {result['peak'] / 1e6:.1f} MB at the peak")
-    return result
-
-
-def bench_grow(job, args):
-    """Time and memory by sequence length, rank and model size; measured beside what memory.py says. Bytes are counted by memory.Tracker."""
-    from lib import checkpoint
-    import torch
-    import memory
-    context = checkpoint.read_config(job["base"]).block_size
-    rows = [("seq", n, dict(seq=n, batch=1)) for n in (128, 256, 512, 1024, 2048) if n <= context] + [("rank", n, dict(rank=n, batch=1)) for n in (1, 16, 256)]
-    rows += [("model", n, dict(name=n, batch=1)) for n in ("gpt2", "gpt2-medium", "gpt2-large")[:args.models]]
-    report = []
-    for what, value, change in rows:
-        with tempfile.TemporaryDirectory() as folder:
-            changed = job | change
-            if "name" in change:
-                changed["base"] = base_folder(value, Path(folder))
-            r = ours(changed | {"what": "grow"})
-            expected = memory.simulate(checkpoint.read_config(changed["base"]), job["method"], changed["batch"], changed["seq"], getattr(torch, job["dtype"]), "cpu",
-                                       storage(job), rank=changed["rank"])["peak"]
-        report.append({"what": what, "value": value, "seconds": statistics.median(r["seconds"]), "counted": r["counted"], "predicted": expected})
-        print(f"  {what:6}{value!s:>12}  {report[-1]['seconds']:7.2f} s a step  {r['counted'] / 1e6:9.1f} MB counted  {expected / 1e6:9.1f} MB predicted", flush=True)
-    return report
-
-
-def ours_grow(job):
-    """A step's seconds, and its bytes as memory.Tracker counts them."""
-    from lib import run
-    import memory
-    result = ours_step(job | {"steps": 2})
-    model, optimizer, batches, _ = setting(job | {"steps": 1})
-    run.step(model, optimizer, batches[:1], 1.0)
-    with memory.Tracker(model, optimizer) as tracker:
-        run.step(model, optimizer, batches[1:2], 1.0)
-    return result | {"counted": tracker.report()["peak"]}
-
-
-# -----------------------------------------------------------------------------
-
-
-def parse(args):
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "load", "grow", "worker"))
-    parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("--base", default="", help="a folder with a checkpoint, or a preset, or llama-124m; default gpt2, for loss llama-124m")
-    parser.add_argument("--method", default="qlora")
-    parser.add_argument("--than", default="", help="step: other methods of ours, joined by commas, to measure in the same run")
-    parser.add_argument("--quant", default="", help="the base in storage; qlora: nf4")
-    parser.add_argument("--single", action="store_true", help="the base's scales in float32, not quantized again")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"), help="auto: bfloat16 where the hardware multiplies it natively")
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--data", default="embedded", help="epoch: as for train.py")
-    parser.add_argument("--tokenizer", default="", help="epoch: a folder with one, where the base has none")
-    parser.add_argument("--models", type=int, default=3, help="grow: how many sizes of GPT-2")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--checkpointing", action="store_true")
-    parser.add_argument("--peer", action="store_true")
-    return parser.parse_args(args)
-
-
 def main(args):
     """Measures, prints a table, and as the last line JSON."""
-    from lib import machine
     if args.what == "worker":
-        job = json.loads(args.job)
-        print(json.dumps(globals()[f"ours_{'step' if job['what'] == 'loss' else job['what']}"](job)))
+        job = Job(**json.loads(args.job))
+        print(json.dumps(MEASURES[job.what](job)))
         return
-    for name in ("rank", "batch", "seq", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}; it must be at least 1")
-    job = {k: getattr(args, k) for k in ("what", "method", "rank", "batch", "seq", "dtype", "steps", "device", "compile", "checkpointing")}
-    if args.dtype == "auto":
-        job["dtype"] = str(machine.pick_dtype("auto", machine.pick_device(args.device))).removeprefix("torch.")
-    job |= {"double": not args.single, "quant": args.quant or ("nf4" if args.method == "qlora" else ""), "name": args.base or ("llama-124m" if args.what == "loss" else "gpt2")}
-    with tempfile.TemporaryDirectory() as folder:
-        job["folder"] = folder
-        job["base"] = "" if args.what == "quant" else base_folder(job["name"], Path(folder))
-        report = globals()[f"bench_{args.what}"](job, args)
-    print(json.dumps({"what": args.what, **{k: v for k, v in job.items() if k not in ("what", "base", "adapter", "folder", "sequences")}, "result": report}))
+    dtype = machine.pick_dtype(args.dtype, machine.pick_device(args.device))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = "" if args.what == "quant" else base_folder(args.base, folder / "base")
+        job = Job(args.what, base, args.rank, args.batch, args.seq, args.steps, machine.dtype_name(dtype),
+                  args.device, double=not args.single)
+        report = BENCHES[args.what](job, args, folder)
+    print(json.dumps(dataclasses.asdict(job) | {"base": args.base, "result": report}))
 
 
 if __name__ == "__main__":
-    ARGS = parse(sys.argv[1:])
     run_main(main, ARGS)

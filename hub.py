@@ -42,7 +42,6 @@ if __name__ == "__main__":      # --help and mistakes answer here, before torch 
 
 import dataclasses
 import functools
-import math
 import re
 import shlex
 from itertools import product

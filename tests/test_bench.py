@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import hub
 from conftest import tiny
 from model import GPT
 from lib import checkpoint
@@ -30,13 +29,8 @@ def last(done):
 def test_step(script, base):
     report = last(script("bench.py", "step", "--base", base, "--batch", 2, "--seq", 16, "--steps", 2, "--rounds", 1, "--rank", 2))
     ours = report["result"]["nanopeft"]
-    assert report["quant"] == "nf4" and ours["tokens_per_second"]["least"] <= ours["tokens_per_second"]["median"] <= ours["tokens_per_second"]["most"]
+    assert report["method"] == "qlora" and ours["tokens_per_second"]["least"] <= ours["tokens_per_second"]["median"] <= ours["tokens_per_second"]["most"]
     assert ours["peak"] > 1e8 and 0 < ours["share_of_it"] < 1
-
-
-def test_load(script, base):
-    report = last(script("bench.py", "load", "--base", base))["result"]
-    assert report["parameters"] == GPT(BASE).num_params() and report["held"] < 4 * report["parameters"]
 
 
 @pytest.mark.peers

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 
-import hub
 import memory
 import peft
 import plot
@@ -47,10 +46,13 @@ def test_spectra(run):
         assert a == pytest.approx(b, rel=1e-3)
 
 
-def test_memory_adds_up():
-    report = memory.simulate(tiny("gpt2"), "qlora", 1, 16)
-    ax = plot.memory([report]).axes[0]
-    assert sum(bar.get_height() for bar in ax.patches) == pytest.approx(report["peak"] / 1e9)
+def test_memory_adds_up(tmp_path):
+    reports = [memory.simulate(tiny("gpt2"), method, 1, 16) for method in ("qlora", "adapter")]
+    (tmp_path / "a.json").write_text(json.dumps(reports))
+    ax = plot.memory([tmp_path / "a.json"]).axes[0]
+    for column, report in enumerate(reports):
+        assert sum(bar.get_height() for bar in ax.patches if round(bar.get_center()[0]) == column) == pytest.approx(report["peak"] / 1e9)
+    assert {text.get_text() for text in ax.get_legend().get_texts()} <= set(plot.KINDS)
 
 
 def test_codebooks(tmp_path):
