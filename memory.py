@@ -270,7 +270,9 @@ def simulated_offload(model):
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
 
     def pack(t):
-        return t if t.untyped_storage()._cdata in own else functools.partial(torch.empty, t.shape, dtype=t.dtype)
+        if t.untyped_storage()._cdata in own:
+            return t
+        return functools.partial(torch.empty, t.shape, dtype=t.dtype)
 
     def unpack(saved):
         return saved if isinstance(saved, torch.Tensor) else saved()

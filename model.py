@@ -320,7 +320,7 @@ class GPT(nn.Module):
         self.config, self.dtype, self.checkpointing = config, dtype, False
         self.reserved = 0                                        # positions that the tokens cannot have
         self.attached = None                                     # what peft.py has put on the model
-        self.base_fingerprint = None                             # hash of the weights as they came, for peft.fingerprint
+        self.base_fingerprint = None                             # hash of the weights as they came
         self.embed = Embed(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = Norm(config)
