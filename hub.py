@@ -14,7 +14,7 @@ Nothing that is there already is written over.
 import argparse
 import sys
 
-from lib.config import Config, read_toml, run_main, write_toml
+from lib.config import Config, read_run_config, run_main, write_toml
 
 
 def parse(args):
@@ -421,9 +421,8 @@ def from_adapterhub(folder, config):
 
 def read_run(run):
     """(Config, adapter's content) of a run's folder."""
-    path = Path(run, "config.toml")
-    check(path.is_file(), f"{run}: no run there, it has no config.toml")
-    return Config(**read_toml(path)), peft.read_adapter(Path(run, "adapter.pt"))
+    check(Path(run, "config.toml").is_file(), f"{run}: no run there, it has no config.toml")
+    return read_run_config(run), peft.read_adapter(Path(run, "adapter.pt"))
 
 
 def unused(path):

@@ -67,6 +67,8 @@ def last(name):
     return name.rpartition(".")[2]
 
 
+KEYS = {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head", "hidden_size": "n_embd", "tie_word_embeddings": "tied"}      # of all but GPT-2
 ATTENTION = {"self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v"}
 
 GPT2 = Family(
@@ -82,9 +84,7 @@ GPT2 = Family(
                    "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"})
 OPT = Family(
     name="opt", architecture="OPTForCausalLM", prefix="model.decoder.", blocks="layers", adapters=False,
-    keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-          "num_attention_heads": "n_head", "hidden_size": "n_embd", "ffn_dim": "n_ffn",
-          "activation_function": "activation", "tie_word_embeddings": "tied", "word_embed_proj_dim": "n_embd"},
+    keys=KEYS | {"ffn_dim": "n_ffn", "activation_function": "activation", "word_embed_proj_dim": "n_embd"},
     fixed={"position_offset": 2},
     defaults={"activation_function": "relu", "tie_word_embeddings": True},
     required={"do_layer_norm_before": True, "_remove_final_layer_norm": False, "enable_bias": True,
@@ -94,10 +94,8 @@ OPT = Family(
                                "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"})
 LLAMA = Family(
     name="llama", architecture="LlamaForCausalLM", prefix="model.", blocks="layers",
-    keys={"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-          "num_attention_heads": "n_head", "num_key_value_heads": "n_kv_head", "hidden_size": "n_embd",
-          "intermediate_size": "n_ffn", "head_dim": "head_dim", "hidden_act": "activation", "rms_norm_eps": "norm_eps",
-          "rope_theta": "rope_theta", "tie_word_embeddings": "tied"},
+    keys=KEYS | {"num_key_value_heads": "n_kv_head", "intermediate_size": "n_ffn", "head_dim": "head_dim",
+                 "hidden_act": "activation", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta"},
     fixed={"position": "rope", "norm": "rms", "gated": True, "bias": False},
     defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
               "num_key_value_heads": None, "head_dim": None},
