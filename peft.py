@@ -44,7 +44,7 @@ class Attached:
 
 
 UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
-LORA_KIN = ("lora", "qlora")               # methods that wrap in LoRA's way; a model carries one of them at most
+LORA_KIN = ("lora", "qlora", "dora")       # methods that wrap in LoRA's way; a model carries one of them at most
 
 
 def methods(model):
@@ -178,6 +178,46 @@ def add_qlora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=Fals
     if not stored_layers(model):
         quant.store(model, QLORA)
     return add_lora(model, rank, alpha, dropout, targets, rslora)
+
+
+# -----------------------------------------------------------------------------
+# reparametrization: DoRA
+
+
+class DoRA(LoRA):
+    """h = c (W_0 + s B A) x, where c = m / |W_0 + s B A| and the norm is of each row (Liu et al. 2024, eq. 5)."""
+    method = "dora"
+
+    def forward(self, x):
+        with torch.no_grad():                        # the norm is a constant for the gradient (section 4.3)
+            norm = super().merged(*merged_weight(self.base))[0].norm(dim=1)
+        c, y = self.m / norm, self.base(x)
+        x = F.dropout(x, self.dropout, self.training)
+        W_0x = self.base(x) if self.training and self.dropout else y
+        if self.base.bias is not None:
+            W_0x = W_0x - self.base.bias.to(x.dtype)
+        BAx = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return y + (c - 1).to(x.dtype) * W_0x + (c * self.s).to(x.dtype) * BAx     # exactly y at first
+
+    def merged(self, weight, bias):
+        """weight (out, in) and bias (out,) or None of W_0, float32 -> those of c (W_0 + s B A)."""
+        weight, bias = super().merged(weight, bias)
+        return (self.m / weight.norm(dim=1))[:, None] * weight, bias
+
+
+def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False):
+    """DoRA (Liu et al. 2024): LoRA turns the rows of W_0, and a trained m, |W_0| at first, is their length."""
+    report = wrap_linears(model, DoRA, rank, alpha, dropout, targets, rslora)
+    for block in model.blocks:
+        if hasattr(block, "unshard"):                            # FSDP has divided its tensors among the processes
+            block.unshard()
+        for layer in block.modules():
+            if isinstance(layer, DoRA):
+                layer.m = nn.Parameter(merged_weight(layer.base)[0].norm(dim=1))
+        if hasattr(block, "reshard"):
+            block.reshard()
+    quant.forget()
+    return report
 
 
 # -----------------------------------------------------------------------------
@@ -483,6 +523,7 @@ METHODS = {     # in the order in which they attach
     "bitfit": add_bitfit,
     "lora": add_lora,
     "qlora": add_qlora,
+    "dora": add_dora,
     "ia3": add_ia3,
     "prefix": add_prefix,
     "adapter": add_adapter,

@@ -12,10 +12,10 @@ import peft
 import quant
 from conftest import FAMILIES, tiny
 from model import GPT, PRESETS
-from lib import files
+from lib import checkpoint, files
 
 SINGLE = [name for name in peft.METHODS if name != "qlora"]
-COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n)]
+COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n) if len(set(names) & set(peft.LORA_KIN)) < 2]
 SMALL = dict(rank=2, adapter_size=4, prefix_length=3, prompt_length=3, top_k=1)
 TOKENS = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(0))
 
@@ -61,6 +61,7 @@ def promised(model, method):
     return {"full": everything, "top": {n for n in everything if n.startswith(f"blocks.{c.n_layer - 1}.")},
             "bitfit": {n for n in everything if n.endswith("bias")},
             "lora": {f"{n}.{half}" for n in linear for half in "AB"},
+            "dora": {f"{n}.{part}" for n in linear for part in "ABm"},
             "ia3": {f"blocks.{i}.{n}" for i in blocks for n in ("attn.k.l_k", "attn.v.l_v", "ffn.down.l_ff")},
             "prefix": {f"blocks.{i}.attn.prefix.{s}" for i in blocks for s in ("s_k", "s_v")},
             "adapter": {f"blocks.{i}.adapter{n}.{part}.{kind}" for i in blocks for n in (1, 2) for part in ("down", "up") for kind in ("weight", "bias")},
@@ -123,7 +124,7 @@ def merge_and_unmerge(model, tuned):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method, options", [(m, {}) for m in SINGLE] + [
     ("prefix", dict(prefix_style="after")), ("prefix", dict(prefix_style="after", prefix_mlp=8)), ("prefix+prompt", dict(prefix_style="after")),
-    ("lora", dict(dropout=0.5)), ("lora+prefix+adapter+ia3+prompt", {})])
+    ("lora", dict(dropout=0.5)), ("dora", dict(dropout=0.5)), ("lora+prefix+adapter+ia3+prompt", {})])
 def test_checkpointing_and_cache_change_nothing(family, method, options):
     if not possible(family, False, method):
         pytest.skip("refused")
@@ -289,6 +290,66 @@ def test_groups_of_the_optimizer():
 
 
 # -----------------------------------------------------------------------------
+# beside the peft library
+
+THEIR_LAYERS = {     # family -> where its blocks are, and its layers that are one of ours each
+    "llama": ("model.layers", {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.out": "self_attn.o_proj",
+                               "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"}),
+    "gpt2": ("transformer.h", {"attn.out": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"})}
+DORA = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+folder, given = sys.argv[1], torch.load(sys.argv[1] + "/given", weights_only=True)
+gpt2 = "transformer" in next(iter(given["layers"]))
+off = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0) if gpt2 else {}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **off)
+targets = sorted({name.split(".")[-1] for name in given["layers"]})
+model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, use_dora=True, target_modules=targets, fan_in_fan_out=gpt2)).train()
+class Mask(torch.nn.Module):
+    def forward(self, x): return x * given["masks"][x.size(-1)]
+tensors = {}
+for name, part in given["layers"].items():
+    layer = model.get_submodule("base_model.model." + name)
+    tensors[name] = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.lora_magnitude_vector["default"].weight
+    assert torch.allclose(tensors[name][2], part["start"], rtol=1e-5)
+    for p, value in zip(tensors[name], (part["A"], part["B"], part["m"])): p.data.copy_(value)
+    if given["masks"]: layer.lora_dropout["default"] = Mask()
+logits = model(given["tokens"]).logits
+(logits * given["weights"]).sum().backward()
+torch.save({"logits": logits.detach(), "gradients": {name: [p.grad for p in ps] for name, ps in tensors.items()}}, folder + "/theirs")
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("family", THEIR_LAYERS)
+def test_dora_is_the_peft_librarys(peer, tmp_path, monkeypatch, family, dropout):
+    """Logits and gradients from the same random A, B, m and, for dropout, masks: one a width."""
+    where, theirs = THEIR_LAYERS[family]
+    model = base(family).train()
+    checkpoint.save_base(model, tmp_path)
+    peft.apply(model, "dora", rank=3, alpha=7.0, dropout=dropout, targets=",".join(name.split(".")[1] for name in theirs))
+    layers = {f"{where}.{i}.{name}": block.get_submodule(ours) for i, block in enumerate(model.blocks) for ours, name in theirs.items()}
+    start = {name: layer.m.detach().clone() for name, layer in layers.items()}
+    shake(model)
+    masks = {layer.in_features: 2.0 * torch.randint(2, (2, 14, layer.in_features)) for layer in layers.values()} if dropout else {}
+    weights = torch.randn(2, 14, 61) / 100
+    given = {name: {"A": layer.A.data, "B": layer.B.data, "m": layer.m.data, "start": start[name]} for name, layer in layers.items()}
+    torch.save({"layers": given, "masks": masks, "tokens": TOKENS, "weights": weights}, tmp_path / "given")
+    peer(DORA, tmp_path)
+    monkeypatch.setattr(peft.F, "dropout", lambda x, p, training: x * masks[x.size(-1)] if p else x)
+    ours = model(TOKENS)[0]
+    (ours * weights).sum().backward()
+    saw = torch.load(tmp_path / "theirs", weights_only=True)
+    torch.testing.assert_close(ours.detach(), saw["logits"], rtol=0, atol=1e-5)
+    for name, layer in layers.items():
+        for p, gradient in zip((layer.A, layer.B, layer.m), saw["gradients"][name], strict=True):
+            assert gradient.abs().max() > 1e-4
+            torch.testing.assert_close(p.grad, gradient, rtol=0, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
 # refused
 
 
@@ -301,7 +362,7 @@ def test_groups_of_the_optimizer():
     ("prefix", dict(prefix_style="x"), "before or after"), ("prefix", dict(prefix_mlp=3), "prefix_mlp is 3"), ("prefix", dict(prefix_style="after", prefix_tied=True), "prefix_tied"),
     ("prompt", dict(prompt_length=0), "prompt_length is 0"), ("prompt", dict(prompt_length=48), "below the context of 48"), ("prompt", dict(prompt_ids=[61]), "below 61"),
     ("top", dict(top_k=3), "this model has 2 blocks"), ("top", dict(top_k=0), "top_k is 0"),
-    ("lorra", {}, "the nearest is 'lora'"), ("lora+qlora", {}, "names one twice"), ("lora+lora", {}, "names one twice"), ("lora", dict(rnak=2), "the nearest is 'rank'"),
+    ("lorra", {}, "the nearest is 'lora'"), ("lora+qlora", {}, "names one twice"), ("lora+lora", {}, "names one twice"), ("dora+lora", {}, "names one twice"), ("lora", dict(rnak=2), "the nearest is 'rank'"),
 ])
 def test_options_that_are_refused(method, options, words):
     model = base("gpt2")

@@ -270,6 +270,28 @@ def test_qlora():
 
 
 # -----------------------------------------------------------------------------
+# DoRA (Liu et al. 2024): W' = m (W_0 + Delta W) / |W_0 + Delta W|, eq. 5; the norm is a constant for the gradient, section 4.3
+
+
+@pytest.mark.parametrize("storage", [None, quant.Storage("nf4", 32, True), quant.Storage("int8")])
+def test_dora(storage):
+    torch.manual_seed(0)
+    model = GPT(tiny("gpt2", n_head=1), torch.float64)
+    if storage:
+        quant.store(model, storage)
+    peft.apply(model, "dora", rank=4, alpha=6.0)
+    model.double()
+    layer, x = model.blocks[0].attn.q, x_in()
+    W_0 = layer.base.dequantize(torch.float64) if storage else layer.base.weight
+    assert torch.allclose(layer.m, W_0.norm(dim=1), rtol=1e-5) and layer.m.shape == (d,)
+    for p in (layer.A, layer.B, layer.m):
+        p.data += 0.2 * torch.randn_like(p)
+    V = W_0 + 6 / 4 * layer.B @ layer.A
+    norm = (W_0.float() + 6 / 4 * layer.B @ layer.A).norm(dim=1).detach()      # of the weight in float32
+    agree(layer(x)[0], x[0] @ (layer.m[:, None] * V / norm[:, None]).T + layer.base.bias, [x, layer.A, layer.B, layer.m])
+
+
+# -----------------------------------------------------------------------------
 # the quantization example
 
 
