@@ -44,7 +44,7 @@ class Attached:
 
 
 UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
-LORA_KIN = ("lora", "qlora", "dora")       # methods that wrap in LoRA's way; a model carries one of them at most
+LORA_KIN = ("lora", "qlora", "dora", "vera")     # methods that wrap in LoRA's way; a model carries one of them at most
 
 
 def methods(model):
@@ -139,8 +139,7 @@ def add_lora(
 
 def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
     """Puts a Wrapper, LoRA or one of its kin, around the layers that targets names; returns a line about it."""
-    check(rank >= 1, f"rank is {rank}; it must be at least 1")
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1)")
+    check_low_rank(rank, dropout)
     check(alpha > 0 and math.isfinite(alpha), f"alpha is {alpha}; it must be a positive number")
     places = target_places(model, targets)
     options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "rslora": rslora}
@@ -150,6 +149,12 @@ def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
         wrapper = Wrapper(getattr(parent, name), rank, s, dropout, device_of(model))
         put(model, parent, name, wrapper)
     return f"{Wrapper.method}: r {rank}, s {s:g}, wrapped {len(places)} of {len(list(linears(model)))} linear layers"
+
+
+def check_low_rank(rank, dropout):
+    """ValueError unless LoRA or one of its kin can have these."""
+    check(rank >= 1, f"rank is {rank}; it must be at least 1")
+    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1)")
 
 
 def target_places(model, targets):
@@ -218,6 +223,54 @@ def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False
             block.reshard()
     quant.forget()
     return report
+
+
+# -----------------------------------------------------------------------------
+# reparametrization: VeRA
+
+
+class VeRA(LinearWrapper):
+    """h = W_0 x + (b * B) (d * A) x. All layers share A and B, random and frozen; d (r,) and b (out,) scale the rows of their own
+    share of them and are trained (Kopiczko et al. 2024, eq. 2)."""
+    method = "vera"
+
+    def __init__(self, base, A, B, dropout):
+        super().__init__(base)
+        self.dropout = dropout
+        self.register_buffer("A", A, persistent=False)           # (r, at least in)
+        self.register_buffer("B", B, persistent=False)           # (at least out, r)
+        self.d = nn.Parameter(A.new_full((len(A),), 0.1))
+        self.b = nn.Parameter(B.new_zeros(base.out_features))
+
+    def factors(self):
+        """What LoRA calls A (r, in) and B (out, r)."""
+        return self.d[:, None] * self.A[:, :self.in_features], self.b[:, None] * self.B[:self.out_features]
+
+    def forward(self, x):
+        return low_rank_linear(self.base, x, *self.factors(), 1.0, self.dropout, self.training)
+
+    def merged(self, weight, bias):
+        """weight (out, in) and bias (out,) or None of W_0, float32 -> those of W_0 + (b * B) (d * A)."""
+        A, B = self.factors()
+        return weight + B @ A, bias
+
+
+def add_vera(model, rank=8, dropout=0.0, targets="all"):
+    """VeRA (Kopiczko et al. 2024), whose ranks are higher than LoRA's: 256 to 1024 there. b is zero at first. A and B are drawn
+    from a seed of their own, as the peft library draws them, so that an adapter's file need not hold them."""
+    check_low_rank(rank, dropout)
+    places = target_places(model, targets)
+    note_method(model, "vera", rank=rank, dropout=dropout, targets=targets)
+    layers = [getattr(parent, name) for parent, name in places]
+    generator = torch.Generator().manual_seed(0)
+    A = torch.empty(rank, max(layer.in_features for layer in layers), device="cpu")
+    B = torch.empty(max(layer.out_features for layer in layers), rank, device="cpu")
+    for matrix in (A, B):
+        nn.init.kaiming_uniform_(matrix, generator=generator)
+    A, B = A.to(device_of(model)), B.to(device_of(model))
+    for (parent, name), layer in zip(places, layers):
+        put(model, parent, name, VeRA(layer, A, B, dropout))
+    return f"vera: r {rank}, wrapped {len(places)} linear layers"
 
 
 # -----------------------------------------------------------------------------
@@ -524,6 +577,7 @@ METHODS = {     # in the order in which they attach
     "lora": add_lora,
     "qlora": add_qlora,
     "dora": add_dora,
+    "vera": add_vera,
     "ia3": add_ia3,
     "prefix": add_prefix,
     "adapter": add_adapter,

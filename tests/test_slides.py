@@ -292,6 +292,20 @@ def test_dora(storage):
 
 
 # -----------------------------------------------------------------------------
+# VeRA (Kopiczko et al. 2024): h = W_0 x + Lambda_b B Lambda_d A x, eq. 2
+
+
+def test_vera():
+    model, x = model_with("vera", rank=4), x_in()
+    layer, other = model.blocks[0].ffn.down, model.blocks[1].attn.q
+    A, B = layer.A, layer.B
+    assert torch.equal(A, other.A) and A.shape == (4, 4 * d) and B.shape == (4 * d, 4)      # one pair, as large as the widest layers
+    W_0, b = other.base.weight, other.base.bias
+    h = torch.stack([W_0 @ v + b + torch.diag(other.b) @ B[:d] @ torch.diag(other.d) @ A[:, :d] @ v for v in x[0]])
+    agree(other(x)[0], h, [x, other.d, other.b])
+
+
+# -----------------------------------------------------------------------------
 # the quantization example
 
 
