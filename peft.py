@@ -37,10 +37,10 @@ from lib.files import check, combine_hashes, read_file, sample_hash, save_file, 
 @dataclass
 class Attached:
     """What the methods have done to a model. It lies in model.attached, which is None where no method is."""
-    methods: dict = field(default_factory=dict)      # {method: its options}, in the order in which they were attached
-    unfrozen: list = field(default_factory=list)     # (parameter of the base, method that trains it, copy of its old value)
-    replaced: list = field(default_factory=list)     # (module, attribute, the module that was there or None), for detach
-    merged: list | None = None                       # the same of the wrapped layers that merge has replaced, for unmerge
+    methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
+    unfrozen: list = field(default_factory=list)    # (parameter of the base, its method, copy of its old value)
+    replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None), for detach
+    merged: list | None = None                      # the same of the layers that merge has replaced, for unmerge
 
 
 UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
@@ -396,7 +396,7 @@ class Prefix(nn.Module):
         self.before, self.mlp = before, None
         d = config.n_embd
         width = d if before else config.kv_heads * config.d_head
-        if mlp:      # Li and Liang 2021, section 4.3, but each layer has an MLP of its own; saving folds it away
+        if mlp:      # Li and Liang 2021, section 4.3, but an MLP for each layer; saving folds it away
             self.E = nn.Parameter(torch.randn(n, d) * 0.02)
             self.mlp = nn.Sequential(nn.Linear(d, mlp), nn.Tanh(), nn.Linear(mlp, 2 * width))
         else:
@@ -784,7 +784,8 @@ def parameters_by_method(model):
 
 def base_parameters(model):
     """[(name, parameter)] of the base: what no method has added."""
-    return [(name, p) for name, p, method in parameters_by_method(model) if method is None or method in UNFREEZING]
+    parameters = parameters_by_method(model)
+    return [(name, p) for name, p, method in parameters if method is None or method in UNFREEZING]
 
 
 def stored_layers(module):
