@@ -37,14 +37,14 @@ from lib.files import check, combine_hashes, read_file, sample_hash, save_file, 
 @dataclass
 class Attached:
     """What the methods have done to a model. It lies in model.attached, which is None where no method is."""
-    methods: dict = field(default_factory=dict)      # {method: its options}, in the order in which they were attached
-    unfrozen: list = field(default_factory=list)     # (parameter of the base, method that trains it, copy of its old value)
-    replaced: list = field(default_factory=list)     # (module, attribute, the module that was there or None), for detach
-    merged: list | None = None                       # the same of the wrapped layers that merge has replaced, for unmerge
+    methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
+    unfrozen: list = field(default_factory=list)    # (parameter of the base, its method, copy of its old value)
+    replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None), for detach
+    merged: list | None = None                      # the same of the layers that merge has replaced, for unmerge
 
 
 UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
-LORA_KIN = ("lora", "qlora")               # methods that wrap in LoRA's way; a model carries one of them at most
+LORA_KIN = ("lora", "qlora", "dora", "vera")     # methods that wrap in LoRA's way; a model carries one of them at most
 
 
 def methods(model):
@@ -139,8 +139,7 @@ def add_lora(
 
 def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
     """Puts a Wrapper, LoRA or one of its kin, around the layers that targets names; returns a line about it."""
-    check(rank >= 1, f"rank is {rank}; it must be at least 1")
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1)")
+    check_low_rank(rank, dropout)
     check(alpha > 0 and math.isfinite(alpha), f"alpha is {alpha}; it must be a positive number")
     places = target_places(model, targets)
     options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "rslora": rslora}
@@ -150,6 +149,12 @@ def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
         wrapper = Wrapper(getattr(parent, name), rank, s, dropout, device_of(model))
         put(model, parent, name, wrapper)
     return f"{Wrapper.method}: r {rank}, s {s:g}, wrapped {len(places)} of {len(list(linears(model)))} linear layers"
+
+
+def check_low_rank(rank, dropout):
+    """ValueError unless LoRA or one of its kin can have these."""
+    check(rank >= 1, f"rank is {rank}; it must be at least 1")
+    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1)")
 
 
 def target_places(model, targets):
@@ -178,6 +183,94 @@ def add_qlora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=Fals
     if not stored_layers(model):
         quant.store(model, QLORA)
     return add_lora(model, rank, alpha, dropout, targets, rslora)
+
+
+# -----------------------------------------------------------------------------
+# reparametrization: DoRA
+
+
+class DoRA(LoRA):
+    """h = c (W_0 + s B A) x, where c = m / |W_0 + s B A| and the norm is of each row (Liu et al. 2024, eq. 5)."""
+    method = "dora"
+
+    def forward(self, x):
+        with torch.no_grad():                        # the norm is a constant for the gradient (section 4.3)
+            norm = super().merged(*merged_weight(self.base))[0].norm(dim=1)
+        c, y = self.m / norm, self.base(x)
+        x = F.dropout(x, self.dropout, self.training)
+        W_0x = self.base(x) if self.training and self.dropout else y
+        if self.base.bias is not None:
+            W_0x = W_0x - self.base.bias.to(x.dtype)
+        BAx = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return y + (c - 1).to(x.dtype) * W_0x + (c * self.s).to(x.dtype) * BAx     # exactly y at first
+
+    def merged(self, weight, bias):
+        """weight (out, in) and bias (out,) or None of W_0, float32 -> those of c (W_0 + s B A)."""
+        weight, bias = super().merged(weight, bias)
+        return (self.m / weight.norm(dim=1))[:, None] * weight, bias
+
+
+def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False):
+    """DoRA (Liu et al. 2024): LoRA turns the rows of W_0, and a trained m, |W_0| at first, is their length."""
+    report = wrap_linears(model, DoRA, rank, alpha, dropout, targets, rslora)
+    for block in model.blocks:
+        if hasattr(block, "unshard"):                            # FSDP has divided its tensors among the processes
+            block.unshard()
+        for layer in block.modules():
+            if isinstance(layer, DoRA):
+                layer.m = nn.Parameter(merged_weight(layer.base)[0].norm(dim=1))
+        if hasattr(block, "reshard"):
+            block.reshard()
+    quant.forget()
+    return report
+
+
+# -----------------------------------------------------------------------------
+# reparametrization: VeRA
+
+
+class VeRA(LinearWrapper):
+    """h = W_0 x + (b * B) (d * A) x. All layers share A and B, random and frozen; d (r,) and b (out,) scale the rows of their own
+    share of them and are trained (Kopiczko et al. 2024, eq. 2)."""
+    method = "vera"
+
+    def __init__(self, base, A, B, dropout):
+        super().__init__(base)
+        self.dropout = dropout
+        self.register_buffer("A", A, persistent=False)           # (r, at least in)
+        self.register_buffer("B", B, persistent=False)           # (at least out, r)
+        self.d = nn.Parameter(A.new_full((len(A),), 0.1))
+        self.b = nn.Parameter(B.new_zeros(base.out_features))
+
+    def factors(self):
+        """What LoRA calls A (r, in) and B (out, r)."""
+        return self.d[:, None] * self.A[:, :self.in_features], self.b[:, None] * self.B[:self.out_features]
+
+    def forward(self, x):
+        return low_rank_linear(self.base, x, *self.factors(), 1.0, self.dropout, self.training)
+
+    def merged(self, weight, bias):
+        """weight (out, in) and bias (out,) or None of W_0, float32 -> those of W_0 + (b * B) (d * A)."""
+        A, B = self.factors()
+        return weight + B @ A, bias
+
+
+def add_vera(model, rank=8, dropout=0.0, targets="all"):
+    """VeRA (Kopiczko et al. 2024), whose ranks are higher than LoRA's: 256 to 1024 there. b is zero at first. A and B are drawn
+    from a seed of their own, as the peft library draws them, so that an adapter's file need not hold them."""
+    check_low_rank(rank, dropout)
+    places = target_places(model, targets)
+    note_method(model, "vera", rank=rank, dropout=dropout, targets=targets)
+    layers = [getattr(parent, name) for parent, name in places]
+    generator = torch.Generator().manual_seed(0)
+    A = torch.empty(rank, max(layer.in_features for layer in layers), device="cpu")
+    B = torch.empty(max(layer.out_features for layer in layers), rank, device="cpu")
+    for matrix in (A, B):
+        nn.init.kaiming_uniform_(matrix, generator=generator)
+    A, B = A.to(device_of(model)), B.to(device_of(model))
+    for (parent, name), layer in zip(places, layers):
+        put(model, parent, name, VeRA(layer, A, B, dropout))
+    return f"vera: r {rank}, wrapped {len(places)} linear layers"
 
 
 # -----------------------------------------------------------------------------
@@ -303,7 +396,7 @@ class Prefix(nn.Module):
         self.before, self.mlp = before, None
         d = config.n_embd
         width = d if before else config.kv_heads * config.d_head
-        if mlp:      # Li and Liang 2021, section 4.3, but each layer has an MLP of its own; saving folds it away
+        if mlp:      # Li and Liang 2021, section 4.3, but an MLP for each layer; saving folds it away
             self.E = nn.Parameter(torch.randn(n, d) * 0.02)
             self.mlp = nn.Sequential(nn.Linear(d, mlp), nn.Tanh(), nn.Linear(mlp, 2 * width))
         else:
@@ -483,6 +576,8 @@ METHODS = {     # in the order in which they attach
     "bitfit": add_bitfit,
     "lora": add_lora,
     "qlora": add_qlora,
+    "dora": add_dora,
+    "vera": add_vera,
     "ia3": add_ia3,
     "prefix": add_prefix,
     "adapter": add_adapter,
@@ -689,7 +784,8 @@ def parameters_by_method(model):
 
 def base_parameters(model):
     """[(name, parameter)] of the base: what no method has added."""
-    return [(name, p) for name, p, method in parameters_by_method(model) if method is None or method in UNFREEZING]
+    parameters = parameters_by_method(model)
+    return [(name, p) for name, p, method in parameters if method is None or method in UNFREEZING]
 
 
 def stored_layers(module):

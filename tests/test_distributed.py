@@ -32,6 +32,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 COMMON = "--data data.jsonl --max_iters 8 --batch_size 8 --eval_interval 4 --eval_batches 2 --warmup_iters 1 --sample_count 1 --dtype float32 --device cpu".split()
 METHODS = {"lora": ["--base", "llama", "--method", "lora", "--rank", "2", "--quant", "nf4"],
+           "dora": ["--base", "llama", "--method", "dora", "--rank", "2", "--quant", "nf4"],
+           "vera": ["--base", "gpt2", "--method", "vera", "--rank", "2"],
            "dense": ["--base", "gpt2", "--method", "adapter+prefix", "--adapter_size", "4", "--checkpointing", "--gradient_accumulation_steps", "2"]}
 
 # -----------------------------------------------------------------------------

@@ -12,10 +12,10 @@ import peft
 import quant
 from conftest import FAMILIES, tiny
 from model import GPT, PRESETS
-from lib import files
+from lib import checkpoint, files
 
 SINGLE = [name for name in peft.METHODS if name != "qlora"]
-COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n)]
+COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n) if len(set(names) & set(peft.LORA_KIN)) < 2]
 SMALL = dict(rank=2, adapter_size=4, prefix_length=3, prompt_length=3, top_k=1)
 TOKENS = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(0))
 
@@ -61,6 +61,8 @@ def promised(model, method):
     return {"full": everything, "top": {n for n in everything if n.startswith(f"blocks.{c.n_layer - 1}.")},
             "bitfit": {n for n in everything if n.endswith("bias")},
             "lora": {f"{n}.{half}" for n in linear for half in "AB"},
+            "dora": {f"{n}.{part}" for n in linear for part in "ABm"},
+            "vera": {f"{n}.{part}" for n in linear for part in "db"},
             "ia3": {f"blocks.{i}.{n}" for i in blocks for n in ("attn.k.l_k", "attn.v.l_v", "ffn.down.l_ff")},
             "prefix": {f"blocks.{i}.attn.prefix.{s}" for i in blocks for s in ("s_k", "s_v")},
             "adapter": {f"blocks.{i}.adapter{n}.{part}.{kind}" for i in blocks for n in (1, 2) for part in ("down", "up") for kind in ("weight", "bias")},
@@ -123,7 +125,7 @@ def merge_and_unmerge(model, tuned):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method, options", [(m, {}) for m in SINGLE] + [
     ("prefix", dict(prefix_style="after")), ("prefix", dict(prefix_style="after", prefix_mlp=8)), ("prefix+prompt", dict(prefix_style="after")),
-    ("lora", dict(dropout=0.5)), ("lora+prefix+adapter+ia3+prompt", {})])
+    ("lora", dict(dropout=0.5)), ("dora", dict(dropout=0.5)), ("vera", dict(dropout=0.5)), ("lora+prefix+adapter+ia3+prompt", {})])
 def test_checkpointing_and_cache_change_nothing(family, method, options):
     if not possible(family, False, method):
         pytest.skip("refused")
@@ -289,6 +291,82 @@ def test_groups_of_the_optimizer():
 
 
 # -----------------------------------------------------------------------------
+# beside the peft library
+
+THEIR_LAYERS = {     # family -> where its blocks are, and its layers that are one of ours each
+    "llama": ("model.layers", {"attn.q": "self_attn.q_proj", "attn.k": "self_attn.k_proj", "attn.v": "self_attn.v_proj", "attn.out": "self_attn.o_proj",
+                               "ffn.gate": "mlp.gate_proj", "ffn.up": "mlp.up_proj", "ffn.down": "mlp.down_proj"}),
+    "gpt2": ("transformer.h", {"attn.out": "attn.c_proj", "ffn.up": "mlp.c_fc", "ffn.down": "mlp.c_proj"})}
+TRAINED = {"dora": "ABm", "vera": "db"}
+KIN = """
+import sys, torch
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, VeraConfig, get_peft_model
+folder, method = sys.argv[1:]
+given = torch.load(folder + "/given", weights_only=True)
+gpt2 = "transformer" in next(iter(given["layers"]))
+off = dict(attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0) if gpt2 else {}
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **off)
+options = dict(task_type="CAUSAL_LM", r=3, target_modules=sorted({name.split(".")[-1] for name in given["layers"]}), fan_in_fan_out=gpt2)
+config = LoraConfig(lora_alpha=7, use_dora=True, **options) if method == "dora" else VeraConfig(projection_prng_key=0, **options)
+model = get_peft_model(model, config).train()
+class Mask(torch.nn.Module):
+    def forward(self, x): return x * given["masks"][x.size(-1)]
+tensors = {}
+for name, part in given["layers"].items():
+    layer = model.get_submodule("base_model.model." + name)
+    if method == "dora":
+        tensors[name] = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight, "m": layer.lora_magnitude_vector["default"].weight}
+    else:
+        tensors[name] = {"d": layer.vera_lambda_d["default"], "b": layer.vera_lambda_b["default"]}
+        assert torch.equal(layer.vera_A["default"], given["A"]) and torch.equal(layer.vera_B["default"], given["B"])
+    for key, p in tensors[name].items():
+        assert key == "A" or torch.allclose(p, part["start"][key], rtol=1e-5)
+        p.data.copy_(part["now"][key])
+    if given["masks"]: (layer.lora_dropout if method == "dora" else layer.vera_dropout)["default"] = Mask()
+logits = model(given["tokens"]).logits
+(logits * given["weights"]).sum().backward()
+torch.save({"logits": logits.detach(), "gradients": {name: {key: p.grad for key, p in own.items()} for name, own in tensors.items()}}, folder + "/theirs")
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("family", THEIR_LAYERS)
+@pytest.mark.parametrize("method", TRAINED)
+def test_loras_kin_are_the_peft_librarys(peer, tmp_path, monkeypatch, method, family, dropout):
+    """The same start; logits and gradients from the same random tensors and, for dropout, masks: one a width."""
+    where, theirs = THEIR_LAYERS[family]
+    model = base(family).train()
+    checkpoint.save_base(model, tmp_path)
+    options = dict(alpha=7.0) if method == "dora" else {}
+    peft.apply(model, method, rank=3, dropout=dropout, targets=",".join(name.split(".")[1] for name in theirs), **options)
+    layers = {f"{where}.{i}.{name}": block.get_submodule(ours) for i, block in enumerate(model.blocks) for ours, name in theirs.items()}
+    own = lambda layer: {key: getattr(layer, key) for key in TRAINED[method]}
+    start = {name: {key: p.detach().clone() for key, p in own(layer).items()} for name, layer in layers.items()}
+    shake(model)
+    now = {name: {key: p.detach() for key, p in own(layer).items()} for name, layer in layers.items()}
+    masks = {layer.in_features: 2.0 * torch.randint(2, (2, 14, layer.in_features)) for layer in layers.values()} if dropout else {}
+    weights = torch.randn(2, 14, 61)
+    torch.save({"layers": {name: {"start": start[name], "now": now[name]} for name in layers}, "masks": masks, "tokens": TOKENS, "weights": weights,
+                "A": next(iter(layers.values())).A.detach(), "B": next(iter(layers.values())).B.detach()}, tmp_path / "given")
+    peer(KIN, tmp_path, method)
+    monkeypatch.setattr(peft.F, "dropout", lambda x, p, training: x * masks[x.size(-1)] if p else x)
+    if method == "vera":      # lora_linear draws its masks itself
+        plain = lambda x, W, bias, A, B, s, dropout, training: peft.F.linear(x, W, bias) + s * peft.F.linear(peft.F.linear(peft.F.dropout(x, dropout, training), A), B)
+        monkeypatch.setattr(peft.quant, "lora_linear", plain)
+    ours = model(TOKENS)[0]
+    (ours * weights).sum().backward()
+    saw = torch.load(tmp_path / "theirs", weights_only=True)
+    torch.testing.assert_close(ours.detach(), saw["logits"], rtol=0, atol=1e-5)
+    for name, layer in layers.items():
+        for key, p in own(layer).items():
+            gradient = saw["gradients"][name][key]
+            assert gradient.abs().max() > 1e-5
+            assert (p.grad - gradient).abs().max() < 1e-5 * max(1, gradient.abs().max()), (name, key)
+
+
+# -----------------------------------------------------------------------------
 # refused
 
 
@@ -301,7 +379,7 @@ def test_groups_of_the_optimizer():
     ("prefix", dict(prefix_style="x"), "before or after"), ("prefix", dict(prefix_mlp=3), "prefix_mlp is 3"), ("prefix", dict(prefix_style="after", prefix_tied=True), "prefix_tied"),
     ("prompt", dict(prompt_length=0), "prompt_length is 0"), ("prompt", dict(prompt_length=48), "below the context of 48"), ("prompt", dict(prompt_ids=[61]), "below 61"),
     ("top", dict(top_k=3), "this model has 2 blocks"), ("top", dict(top_k=0), "top_k is 0"),
-    ("lorra", {}, "the nearest is 'lora'"), ("lora+qlora", {}, "names one twice"), ("lora+lora", {}, "names one twice"), ("lora", dict(rnak=2), "the nearest is 'rank'"),
+    ("lorra", {}, "the nearest is 'lora'"), ("lora+qlora", {}, "names one twice"), ("lora+lora", {}, "names one twice"), ("dora+lora", {}, "names one twice"), ("vera+qlora", {}, "names one twice"), ("vera", dict(rank=0), "rank is 0"), ("lora", dict(rnak=2), "the nearest is 'rank'"),
 ])
 def test_options_that_are_refused(method, options, words):
     model = base("gpt2")

@@ -270,6 +270,42 @@ def test_qlora():
 
 
 # -----------------------------------------------------------------------------
+# DoRA (Liu et al. 2024): W' = m (W_0 + Delta W) / |W_0 + Delta W|, eq. 5; the norm is a constant for the gradient, section 4.3
+
+
+@pytest.mark.parametrize("storage", [None, quant.Storage("nf4", 32, True), quant.Storage("int8")])
+def test_dora(storage):
+    torch.manual_seed(0)
+    model = GPT(tiny("gpt2", n_head=1), torch.float64)
+    if storage:
+        quant.store(model, storage)
+    peft.apply(model, "dora", rank=4, alpha=6.0)
+    model.double()
+    layer, x = model.blocks[0].attn.q, x_in()
+    W_0 = layer.base.dequantize(torch.float64) if storage else layer.base.weight
+    assert torch.allclose(layer.m, W_0.norm(dim=1), rtol=1e-5) and layer.m.shape == (d,)
+    for p in (layer.A, layer.B, layer.m):
+        p.data += 0.2 * torch.randn_like(p)
+    V = W_0 + 6 / 4 * layer.B @ layer.A
+    norm = (W_0.float() + 6 / 4 * layer.B @ layer.A).norm(dim=1).detach()      # of the weight in float32
+    agree(layer(x)[0], x[0] @ (layer.m[:, None] * V / norm[:, None]).T + layer.base.bias, [x, layer.A, layer.B, layer.m])
+
+
+# -----------------------------------------------------------------------------
+# VeRA (Kopiczko et al. 2024): h = W_0 x + Lambda_b B Lambda_d A x, eq. 2
+
+
+def test_vera():
+    model, x = model_with("vera", rank=4), x_in()
+    layer, other = model.blocks[0].ffn.down, model.blocks[1].attn.q
+    A, B = layer.A, layer.B
+    assert torch.equal(A, other.A) and A.shape == (4, 4 * d) and B.shape == (4 * d, 4)      # one pair, as large as the widest layers
+    W_0, b = other.base.weight, other.base.bias
+    h = torch.stack([W_0 @ v + b + torch.diag(other.b) @ B[:d] @ torch.diag(other.d) @ A[:, :d] @ v for v in x[0]])
+    agree(other(x)[0], h, [x, other.d, other.b])
+
+
+# -----------------------------------------------------------------------------
 # the quantization example
 
 
