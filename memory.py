@@ -169,8 +169,6 @@ class Tracker(TorchDispatchMode):
         for state in optimizer.state.values() if optimizer else ():
             for tensor in state.values():
                 self.add(tensor, "optimizer states")
-        for tensor in quant.kept():
-            self.add(tensor, "temporaries")
 
     def add(self, tensor, part, layer=""):
         """Counts a tensor's storage, unless it is counted already."""

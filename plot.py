@@ -195,8 +195,9 @@ def codebooks(files):
         weights, source = torch.cat(matrices), Path(files[0]).name
     blocks = weights[:len(weights) // 64 * 64].view(-1, 64)
     scaled = blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    fig, axes = figure(len(quant.LEVELS), 1, 7, 1.9 * len(quant.LEVELS), sharex=True)
-    for ax, (name, levels) in zip(axes, quant.LEVELS.items()):
+    codes = {name: code.levels for name, code in quant.CODES.items() if code.bits <= 4}     # more would be a solid block
+    fig, axes = figure(len(codes), 1, 7, 1.9 * len(codes), sharex=True)
+    for ax, (name, levels) in zip(axes, codes.items()):
         error = (quant.quantize(blocks, name).dequantize() - blocks).abs().mean() / blocks.std()
         ax.hist(scaled.flatten().numpy(), 201, range=(-1, 1), density=True, color="#97bbf5")
         ax.vlines(levels, 0, ax.get_ylim()[1], color="#ff725c", lw=1.2)

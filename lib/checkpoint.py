@@ -279,7 +279,6 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
     check(not problems, f"{path}: {'; '.join(problems)}")
     same = head is None or torch.equal(head.to(dtype), model.embed.tokens.weight.cpu())
     check(same, f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    quant.forget()
     if config.tied:
         model.head.weight = model.embed.tokens.weight
     if config.position == "rope":

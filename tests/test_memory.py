@@ -34,14 +34,13 @@ def test_the_slide():
 # against the truth
 
 
-def forget_buffers():
-    quant._tables.clear()
-    quant._local.__dict__.clear()
+def forget_tables():
+    quant._kept_table.cache_clear()
 
 
 def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options):
     """The peak of a real step, its second, counted over real tensors on a CPU."""
-    forget_buffers()
+    forget_tables()
     model = memory.fake_model(config, method, dtype, storage or peft.default_storage(method), options)      # real here: no fake mode
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
@@ -53,7 +52,7 @@ def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulat
     def batches():
         return [tuple(torch.randint(config.vocab_size, (2, batch, seq), generator=g)) for _ in range(accumulation)]
     run.step(model, optimizer, batches(), 1.0)
-    forget_buffers()
+    forget_tables()
     with Tracker(model, optimizer) as tracker:
         run.step(model, optimizer, batches(), 1.0)
     return tracker.report()

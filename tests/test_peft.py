@@ -176,7 +176,7 @@ def test_counts_are_of_logical_shapes():
 def test_lora_saves_one_activation_a_layer():
     """Neither a copy of x in another type, nor x A^T, nor a weight."""
     from conftest import saved_bytes
-    layer = quant.QuantLinear.from_linear(torch.nn.Linear(64, 256, bias=False), "nf4", 64, True)
+    layer = quant.QuantLinear(quant.quantize(torch.nn.Linear(64, 256, bias=False).weight, "nf4", 64, True))
     model = base("gpt2")
     lora = peft.LoRA(layer, 8, 2.0, 0.0, "cpu")
     x = torch.randn(96, 64, dtype=torch.bfloat16, requires_grad=True)

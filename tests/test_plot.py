@@ -8,6 +8,7 @@ import torch
 import memory
 import peft
 import plot
+import quant
 from conftest import tiny
 from model import GPT
 from lib import checkpoint
@@ -58,7 +59,7 @@ def test_memory_adds_up(tmp_path):
 def test_codebooks(tmp_path):
     checkpoint.save_base(GPT(tiny("gpt2")), tmp_path)
     fig = plot.codebooks([tmp_path / "model.safetensors"])
-    assert [ax.get_title().split(":")[0] for ax in fig.axes] == ["nf4", "linear4", "int4"]
+    assert [ax.get_title().split(":")[0] for ax in fig.axes] == [name for name, code in quant.CODES.items() if code.bits <= 4]
 
 
 def test_files(run, script, refused):

@@ -4,6 +4,7 @@ quant.py against oracles that share no code with it: the slide, formulas in nump
 """
 
 import copy
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -18,14 +19,16 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+import memory
 import peft
 import quant
-from quant import LoRALinear, QuantizedTensor, QuantLinear, lora_linear, pack4, quantize, store, unpack4
+from conftest import tiny
+from quant import CODES, Code, LoRALinear, QuantizedTensor, QuantLinear, lora_linear, pack, quantize, store, unpack
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-SCHEMES = ("nf4", "linear4", "int4", "int8")
-WORST = {"nf4": 0.1519036, "linear4": 1 / 15, "int4": 1 / 14, "int8": 0.5 / 127}     # times absmax: half the widest gap between two levels
+SCHEMES = tuple(CODES)
+WORST = {scheme: np.diff(sorted(code.levels)).max() / 2 for scheme, code in CODES.items()}     # times absmax: half the widest gap between two levels
 CAST = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SMALLEST = {torch.float32: 2.0**-149, torch.bfloat16: 2.0**-133, torch.float16: 2.0**-24}
 quick = settings(derandomize=True, deadline=None, max_examples=80)
@@ -116,7 +119,7 @@ KINDS = ("random", "heavy", "tied", "tiny", "huge", "equal", "outlier", "grid", 
 
 def test_tables_have_the_published_hashes():
     assert hashlib.sha256(torch.tensor(quant.NF4).numpy().astype("<f4").tobytes()).hexdigest().startswith("8501941daa1b8a90")
-    table = quant.dynamic_levels()
+    table = torch.tensor(quant.dynamic_levels())
     assert hashlib.sha256(table.numpy().astype("<f4").tobytes()).hexdigest().startswith("e732639a65f497b4")
     assert len(table) == 256 and (table < 0).sum() == 127 and table[127] == 0 and table[-1] == 1
     assert table[0].item() == pytest.approx(-0.992968738, abs=1e-9)
@@ -126,7 +129,7 @@ def test_tables_have_the_published_hashes():
 def test_slide():
     """Lecture, 'Example': 16 evenly spaced levels, w = 0.42 -> 0.46, error 0.04 (0.0467 before truncation)."""
     slide = [-1.0, -0.86, -0.73, -0.6, -0.46, -0.33, -0.2, -0.06, 0.06, 0.2, 0.33, 0.46, 0.6, 0.73, 0.86, 1.0]
-    levels = torch.tensor(quant.LEVELS["linear4"])
+    levels = torch.tensor(CODES["linear4"].levels)
     assert (torch.trunc(levels * 100 + levels.sign() * 1e-3) / 100 - torch.tensor(slide)).abs().max() < 1e-6
     q = quantize(torch.tensor([0.42, 1.0]), "linear4", 64)
     assert q.packed.tolist() == [11 * 16 + 15]             # the twelfth level; counted from zero, 11
@@ -136,9 +139,9 @@ def test_slide():
 
 
 def test_int4_is_the_slides_range():
-    assert [round(7 * level) for level in quant.LEVELS["int4"]] == list(range(-8, 8))
+    assert [round(7 * level) for level in CODES["int4"].levels] == list(range(-8, 8))
     x = torch.arange(-7.0, 8.0)
-    assert (unpack4(quantize(x, "int4").packed, 15).int() - 8).tolist() == list(range(-7, 8))
+    assert (unpack(quantize(x, "int4").packed, 4, 15).int() - 8).tolist() == list(range(-7, 8))
 
 
 @pytest.mark.parametrize("scheme", LEVELS)
@@ -153,7 +156,7 @@ def test_formula(kind, scheme):
         x = x.to(dtype)
         q = quantize(x, scheme, size)
         codes, absmax = slow_quantize(x.float().numpy(), LEVELS[scheme], size)
-        assert unpack4(q.packed, n).numpy().tolist() == codes.tolist()
+        assert unpack(q.packed, 4, n).numpy().tolist() == codes.tolist()
         assert q.packed.numpy().tolist() == slow_pack(codes).tolist()
         assert same(q.absmax, torch.from_numpy(absmax))
         expected = torch.from_numpy(slow_dequantize(codes, absmax, LEVELS[scheme], size))
@@ -168,12 +171,12 @@ def test_formula_of_double_quantization(kind):
     q, flat = quantize(torch.from_numpy(x), "nf4", double=True), quantize(torch.from_numpy(x), "nf4")
     assert q.packed.equal(flat.packed)
     assert q.offset.item() == pytest.approx(flat.absmax.double().mean().item(), rel=1e-6)
-    levels = quant.dynamic_levels().numpy()
+    levels = torch.tensor(quant.dynamic_levels()).numpy()
     codes, absmax2 = slow_quantize(flat.absmax.numpy() - q.offset.numpy(), levels, 256)
     assert q.absmax.tolist() == codes.tolist() and same(q.absmax2, torch.from_numpy(absmax2))
     scales = slow_dequantize(codes, absmax2, levels, 256) + q.offset.numpy()
     assert same(q.scales(), torch.from_numpy(scales))
-    values = slow_dequantize(unpack4(q.packed, len(x)).numpy(), scales, NF4, 64)
+    values = slow_dequantize(unpack(q.packed, 4, len(x)).numpy(), scales, NF4, 64)
     assert same(q.dequantize(torch.float32), torch.from_numpy(values))
 
 
@@ -189,13 +192,108 @@ def test_llm_int8():
     assert torch.allclose(q.dequantize(), q.packed.view(37, 51) * row / 127, rtol=1e-6)
 
 
-# made by slow_quantize and slow_pack above, from weights whose sums are exact, so that no order of summation shows
-FROZEN = {}
+def test_the_worst_error_is_half_the_widest_gap():
+    assert WORST["nf4"] == pytest.approx(0.1519036) and WORST["linear4"] == pytest.approx(1 / 15)
+    assert WORST["int4"] == pytest.approx(1 / 14) and WORST["int8"] == pytest.approx(0.5 / 127)
 
 
-@pytest.mark.parametrize("kind", ("random", "heavy", "grid", "tied", "equal", "outlier", "zeros"))
-def test_frozen(kind):
-    pass
+# -----------------------------------------------------------------------------
+# any code
+
+
+def nearest(y, levels):
+    """The definition: as many boundaries as lie below y are passed, from the lowest level up."""
+    order = sorted(range(len(levels)), key=lambda k: levels[k])
+    ordered = np.array([levels[k] for k in order], np.float32)
+    boundaries = (ordered[:-1] + ordered[1:]) / np.float32(2)
+    return np.array(order)[(y[:, None] > boundaries).sum(1)]
+
+
+@st.composite
+def codes(draw):
+    """A code of 2 to 256 levels, in any order; some of them lie closer together than any table of cells could tell."""
+    n = draw(st.integers(2, 256))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(["even", "random", "clustered", "repeated"]))
+    levels = np.linspace(-1, 1, n) if kind == "even" else generator.uniform(-1, 1, n)
+    if kind == "clustered":
+        levels = levels ** 9
+    if kind == "repeated":
+        levels = np.round(levels * 8) / 8
+    levels[0], levels[-1] = -1, 1
+    if draw(st.booleans()):
+        generator.shuffle(levels)
+    fewest = (n - 1).bit_length()
+    return Code(tuple(levels.tolist()), draw(st.integers(fewest, 8)))
+
+
+@quick
+@given(codes(), st.integers(0, 2**32))
+def test_nearest_of_any_code(code, seed):
+    """At random points, at every boundary and at its two neighbours, and at the levels."""
+    ordered = np.sort(np.float32(code.levels))
+    boundaries = (ordered[:-1] + ordered[1:]) / np.float32(2)
+    near = [np.nextafter(boundaries, np.float32(side)) for side in (-2, 2)]
+    y = np.concatenate([np.random.default_rng(seed).uniform(-1, 1, 500).astype(np.float32), boundaries, *near, ordered, np.float32([0, -0.0, 1e-30, -1e-30])]).clip(-1, 1)
+    assert quant._nearest(torch.from_numpy(y), code).tolist() == nearest(y, code.levels).tolist()
+
+
+def test_cells_are_used_where_they_can_be():
+    assert all(quant._cells(code) for code in CODES.values() if code.bits <= 4)
+    assert quant._cells(Code((-1.0, 0.0, 1e-6, 2e-6, 1.0), 3)) is None
+
+
+@quick
+@given(codes(), st.integers(1, 200), st.sampled_from([16, 64]))
+def test_a_code_more_is_a_line_more(code, n, block):
+    """Codes, bytes and values of a code that only the table knows."""
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CODES, "new", code)
+        q = quantize(x, "new", block)
+        y = q.dequantize()
+    levels, ours = np.float32(code.levels), unpack(q.packed, code.bits, n).numpy()
+    for i in range(0, n, block):
+        part, absmax = x[i:i + block].numpy(), x[i:i + block].abs().max().numpy()
+        y_i = part * (np.float32(1) / absmax) if len(part) == block else part / absmax
+        assert ours[i:i + block].tolist() == nearest(y_i.clip(-1, 1), code.levels).tolist()
+        assert same(y[i:i + block], torch.from_numpy(levels[ours[i:i + block]] * absmax))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing_lays_bits_side_by_side(bits):
+    """As the text of the bits says it, the first code in the highest bits."""
+    for n in (1, 2, 7, 8, 9, 64, 101):
+        codes = torch.randint(2**bits, (n,), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+        packed = pack(codes, bits, 1)
+        text = "".join(f"{code:0{bits}b}" for code in codes.tolist())
+        while len(text) % 8:
+            text += f"{1:0{bits}b}"
+        assert packed.tolist() == [int(text[i:i + 8], 2) for i in range(0, len(text), 8)]
+        assert len(packed) == quant.packed_length(n, bits) and same(unpack(packed, bits, n), codes)
+
+
+def test_tables_made_in_inference_mode_serve_training():
+    quant._kept_table.cache_clear()
+    quant._cells.cache_clear()
+    with torch.inference_mode():
+        quantize(torch.randn(256), "nf4", double=True).dequantize()
+    layer = stored(nn.Linear(64, 32), "nf4", 64, True)
+    x = torch.randn(3, 64, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 64))
+
+
+def test_a_simulation_leaves_no_fake_table():
+    q = quantize(torch.randn(64, 64), "nf4", double=True)
+    before = q.dequantize()
+    memory.simulate(tiny("gpt2"), "qlora", 1, 8, device="cpu")
+    assert same(q.dequantize(), before)
+
+
+def stored(linear, *storage):
+    """The QuantLinear of an nn.Linear."""
+    return QuantLinear(quantize(linear.weight, *storage), linear.bias)
 
 
 # -----------------------------------------------------------------------------
@@ -301,10 +399,10 @@ def test_absmax_is_exact(x, scheme, block):
 @quick
 @given(weights(), schemes, blocks, st.booleans())
 def test_zeros_are_exact(x, scheme, block, double):
-    """Every zero where zero is a level; in linear4, which has none, a block of zeros."""
+    """Every zero where zero is a level; where it is none, as in linear4, a block of zeros."""
     x.view(-1)[::3] = 0
     q = quantize(x, scheme, block, double)
-    if scheme != "linear4":
+    if 0 in CODES[scheme].levels:
         assert (q.dequantize()[x == 0] == 0).all()
     if not double:
         assert (quantize(torch.zeros_like(x), scheme, block).dequantize() == 0).all()
@@ -337,9 +435,9 @@ def test_packing_is_a_bijection(data, odd):
     if odd:
         packed[-1] = packed[-1] & 0xF0 | 7
     n = 2 * len(packed) - odd
-    codes = unpack4(packed, n)
+    codes = unpack(packed, 4, n)
     assert codes.shape == (n,) and codes.max() < 16 and codes.tolist() == [c for byte in data for c in (byte >> 4, byte & 15)][:n]
-    assert same(pack4(codes), packed) and pack4(codes).numpy().tolist() == slow_pack(codes.tolist()).tolist()
+    assert same(pack(codes, 4, 7), packed) and pack(codes, 4, 7).numpy().tolist() == slow_pack(codes.tolist()).tolist()
 
 
 @quick
@@ -425,7 +523,7 @@ def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
     torch.save(cases, tmp_path / "cases")
     peer(BITSANDBYTES, tmp_path / "cases", tmp_path / "results")
     code, results = torch.load(tmp_path / "results", weights_only=True)
-    assert same(code, quant.dynamic_levels())
+    assert same(code, torch.tensor(quant.dynamic_levels()))
     for (x, block), theirs in zip(cases, results, strict=True):
         plain, double = quantize(x, "nf4", block), quantize(x, "nf4", block, double=True)
         n = len(plain.packed) - x.numel() % 2                    # its pad nibble is 7 as well, but that is checked by hand
@@ -475,7 +573,7 @@ def test_gradients_are_those_through_the_dequantized_weight(scheme, double):
 def test_dropout_acts_on_the_input_of_A_alone_and_comes_back_in_the_backward_pass():
     x, W, b, A, B = parts(n=400)
     y = LoRALinear.apply(x, A, B, b, 1.0, 0.25, 3, None, W)
-    m = quant._dropped(torch.empty(800, 12, dtype=torch.float64), 0.25, 3).view(x.shape)
+    m = quant._dropout_mask(x.view(800, 12), 12, 0.25, 3).view(x.shape)
     torch.testing.assert_close(y, F.linear(x, W, b) + (m * x) @ A.T @ B.T)
     assert set(m.unique().tolist()) == {0.0, 1 / 0.75} and abs(m.mean() - 1) < 0.03
     torch.manual_seed(0)
@@ -485,11 +583,11 @@ def test_dropout_acts_on_the_input_of_A_alone_and_comes_back_in_the_backward_pas
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("stored", ["nf4", "int8", "dense"])
-def test_one_activation_is_saved(stored, dropout):
+@pytest.mark.parametrize("kind", [*SCHEMES, "dense"])
+def test_one_activation_is_saved(kind, dropout):
     """Over 3 layers in a row: the three inputs, and nothing else that is not a parameter or a buffer."""
     from conftest import saved_bytes
-    layers = [peft.LoRA(nn.Linear(64, 64).requires_grad_(False) if stored == "dense" else QuantLinear.from_linear(nn.Linear(64, 64), stored, 64), 4, 2.0, dropout, "cpu") for _ in range(3)]
+    layers = [peft.LoRA(nn.Linear(64, 64).requires_grad_(False) if kind == "dense" else QuantLinear(quantize(torch.randn(64, 64), kind, 64)), 4, 2.0, dropout, "cpu") for _ in range(3)]
     x = torch.randn(50, 64, dtype=torch.bfloat16, requires_grad=True)
     kept, _ = saved_bytes(lambda: nn.Sequential(*layers)(x))
     own = {t.untyped_storage()._cdata for layer in layers for t in (*layer.parameters(), *layer.buffers())}
@@ -498,7 +596,7 @@ def test_one_activation_is_saved(stored, dropout):
 
 def test_nothing_is_kept_of_a_frozen_layer():
     from conftest import saved_bytes
-    layer = QuantLinear.from_linear(nn.Linear(64, 32), "nf4")
+    layer = stored(nn.Linear(64, 32), "nf4")
     kept, _ = saved_bytes(lambda: layer(torch.randn(50, 64, requires_grad=True)))
     assert kept.keys() <= {t.untyped_storage()._cdata for t in (*layer.parameters(), *layer.buffers())}
 
@@ -511,12 +609,12 @@ def test_nothing_is_kept_of_a_frozen_layer():
 def test_saved_and_moved(scheme, double):
     q = quantize(torch.randn(9, 37, generator=torch.Generator().manual_seed(0)), scheme, 32, double)
     buffer = io.BytesIO()
-    torch.save(q.state_dict(), buffer)
+    torch.save(q.tensors(), buffer)
     buffer.seek(0)
-    again = QuantizedTensor.from_state(torch.load(buffer, weights_only=True))
+    again = QuantizedTensor(*q.meta, *torch.load(buffer, weights_only=True).values())
     assert again.meta == q.meta and all(same(t, again.tensors()[name]) for name, t in q.tensors().items()) and same(again.dequantize(), q.dequantize())
     assert q.nbytes == sum(t.numel() * t.element_size() for t in q.tensors().values())
-    assert q.to("meta").device.type == "meta" and q.to("cpu").meta == q.meta
+    assert q.to("meta").packed.device.type == "meta" and q.to("cpu").meta == q.meta
     with pytest.raises(Exception, match="cannot assign"):
         q.packed = None
 
@@ -529,20 +627,19 @@ def test_bytes_of_a_parameter():
 def test_the_layer():
     torch.manual_seed(0)
     linear, x = nn.Linear(48, 20), torch.randn(3, 48)
-    layer = QuantLinear.from_linear(linear, "nf4", 16, True)
+    layer = stored(linear, "nf4", 16, True)
     torch.testing.assert_close(layer(x), F.linear(x, layer.dequantize(), linear.bias))
     assert layer(x.bfloat16()).dtype == torch.bfloat16 and not any(p.requires_grad for p in layer.parameters())
     before = layer.weight_q
     layer.bfloat16()
     assert all(same(t, layer.weight_q.tensors()[name]) for name, t in before.tensors().items()) and layer.bias.dtype == torch.bfloat16
-    other = QuantLinear.from_linear(nn.Linear(48, 20), "nf4", 16, True).bfloat16()
+    other = stored(nn.Linear(48, 20), "nf4", 16, True).bfloat16()
     other.load_state_dict(layer.state_dict())
     assert same(other.dequantize(), layer.dequantize())
     assert same(copy.deepcopy(layer).dequantize(), layer.dequantize())
 
 
 def test_which_layers():
-    from conftest import tiny
     from model import GPT
     model = GPT(tiny("llama"))
     assert store(model, quant.Storage("nf4", 16, skip=("gate", "blocks.1.attn.q"))) == (2 * 7 - 2 - 1, 2 * 7 + 1)
@@ -562,11 +659,23 @@ def test_what_cannot_be_quantized(weight, scheme, block, words):
         quantize(weight, scheme, block, name="layer 3")
 
 
-@pytest.mark.parametrize("change, words", [(dict(packed=None), "lacks packed"), (dict(scheme="nf5"), "unknown scheme"), (dict(block=7), "block is 7"), (dict(shape=[2**40, 2**20]), "needs")])
-def test_states_that_are_refused(change, words):
-    state = quantize(torch.randn(4, 64), "nf4").state_dict() | change
-    with pytest.raises(ValueError, match=words):
-        QuantizedTensor.from_state({k: v for k, v in state.items() if v is not None})
+@pytest.mark.parametrize("scheme, block, double", [("nf4", 64, True), ("int8", None, False)])
+def test_empty_storage_has_the_layout_of_a_full_one(scheme, block, double):
+    storage, weight = quant.Storage(scheme, block, double), torch.randn(7, 65).bfloat16()
+    full, empty = storage.quantize(weight), storage.empty_like(weight)
+    assert full.meta == empty.meta
+    assert [(name, t.shape, t.dtype) for name, t in full.tensors().items()] == [(name, t.shape, t.dtype) for name, t in empty.tensors().items()]
+    with pytest.raises(ValueError, match="unknown scheme 'nf5'"):
+        quant.Storage("nf5").empty_like(weight)
+    with pytest.raises(ValueError, match="block is 7"):
+        quant.Storage("nf4", 7).empty_like(weight)
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    q = quantize(torch.randn(4, 64), "nf4")
+    for change in (dict(packed=q.packed[1:]), dict(absmax=q.absmax[1:]), dict(shape=torch.Size([2**40, 2**20])), dict(block=16), dict(scheme="int8")):
+        with pytest.raises(ValueError, match="holds .* values; .* needs"):
+            dataclasses.replace(q, **change)
 
 
 def test_the_demonstration(script):
@@ -581,7 +690,7 @@ def test_the_demonstration(script):
 def test_compiled_as_one_graph(backend):
     """With dropout the gradient is checked against differences of losses drawn with one seed: masks of both passes agree."""
     torch.manual_seed(0)
-    layer = peft.LoRA(quant.QuantLinear.from_linear(torch.nn.Linear(32, 24), "nf4", 64, True), 4, 2.0, 0.3, "cpu").train()
+    layer = peft.LoRA(stored(nn.Linear(32, 24), "nf4", 64, True), 4, 2.0, 0.3, "cpu").train()
     layer.B.data.normal_(std=0.1)
     compiled, x = torch.compile(layer, fullgraph=True, backend=backend), torch.randn(5, 32)
 

@@ -311,19 +311,19 @@ def test_vera():
 
 def test_the_example():
     levels = [-1.0, -0.86, -0.73, -0.6, -0.46, -0.33, -0.2, -0.06, 0.06, 0.2, 0.33, 0.46, 0.6, 0.73, 0.86, 1.0]     # as printed
-    assert all(abs(a - b) < 0.0067 for a, b in zip(levels, quant.LEVELS["linear4"], strict=True))
+    assert all(abs(a - b) < 0.0067 for a, b in zip(levels, quant.CODES["linear4"].levels, strict=True))
     w = torch.tensor([0.42, 1.0] + [0.0] * 14)
     q = quant.quantize(w, "linear4", 16)
-    code = int(quant.unpack4(q.packed, 16)[0])
+    code = int(quant.unpack(q.packed, 4, 16)[0])
     assert code == 11 and min(range(16), key=lambda i: abs(levels[i] - 0.42)) == 11      # the slide says 12: the twelfth
     assert q.dequantize()[0].item() == pytest.approx(7 / 15) and round(abs(7 / 15 - 0.42), 4) == 0.0467     # the slide: 0.04
     assert len(range(-8, 8)) == 16 and len(range(-127, 128)) == 255                      # the slide: 256 values
 
 
 def test_nf4_is_not_evenly_spaced():
-    steps = torch.tensor(quant.LEVELS["nf4"]).diff()
+    steps = torch.tensor(quant.CODES["nf4"].levels).diff()
     assert steps.max() / steps.min() > 3
-    steps = torch.tensor(quant.LEVELS["linear4"]).diff()
+    steps = torch.tensor(quant.CODES["linear4"].levels).diff()
     assert torch.allclose(steps, steps[:1].expand(15))
 
 
@@ -331,7 +331,7 @@ def test_nothing_is_centred():
     """"0 mean and unit variance" is division by the block's largest magnitude; a shift of the weights is no shift of the codes."""
     w = torch.linspace(3, 4, 64)
     q = quant.quantize(w, "nf4", 64)
-    assert q.absmax.item() == 4 and (quant.unpack4(q.packed, 64) >= 14).all()
+    assert q.absmax.item() == 4 and (quant.unpack(q.packed, 4, 64) >= 14).all()
 
 
 # -----------------------------------------------------------------------------
