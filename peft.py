@@ -38,9 +38,9 @@ from lib.files import check, combine_hashes, read_file, sample_hash, save_file, 
 class Attached:
     """What the methods have done to a model. It lies in model.attached, which is None where no method is."""
     methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
-    unfrozen: list = field(default_factory=list)    # (parameter of the base, its method, copy of its old value)
-    replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None), for detach
-    merged: list | None = None                      # the same of the layers that merge has replaced, for unmerge
+    unfrozen: list = field(default_factory=list)    # (parameter of the base, method, copy of its old value)
+    replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None)
+    merged: list | None = None                      # the same of the layers that merge has replaced
 
 
 UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
@@ -221,7 +221,6 @@ def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False
                 layer.m = nn.Parameter(merged_weight(layer.base)[0].norm(dim=1))
         if hasattr(block, "reshard"):
             block.reshard()
-    quant.forget()
     return report
 
 

@@ -195,7 +195,8 @@ def codebooks(files):
         weights, source = torch.cat(matrices), Path(files[0]).name
     blocks = weights[:len(weights) // 64 * 64].view(-1, 64)
     scaled = blocks / blocks.abs().amax(1, keepdim=True).clamp(min=1e-30)
-    codes = {name: code.levels for name, code in quant.CODES.items() if code.bits <= 4}     # more would be a solid block
+    # The levels of a code of 8 bits would be a solid block.
+    codes = {name: code.levels for name, code in quant.CODES.items() if code.bits <= 4}
     fig, axes = figure(len(codes), 1, 7, 1.9 * len(codes), sharex=True)
     for ax, (name, levels) in zip(axes, codes.items()):
         error = (quant.quantize(blocks, name).dequantize() - blocks).abs().mean() / blocks.std()
