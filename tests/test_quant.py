@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import shutil
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -193,6 +194,22 @@ def test_llm_int8():
     assert q.packed[:4].tolist() == [127, 0, 2, -2] and q.packed.min() >= -127
     assert same(q.absmax, row.view(-1)) and q.block is None
     assert torch.allclose(q.dequantize(), q.packed.view(37, 51) * row / 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels, n", [(quant.NF4, 8), (quant.NF3, 4)])
+def test_normal_floats_are_quantiles(levels, n):
+    """QLoRA, appendix E: n positive levels, zero, n - 1 negative ones; bitsandbytes' offset is 0.9677083 for n = 8."""
+    last = 1 - (1 / (4 * n) + 1 / (4 * n - 2)) / 2
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in np.linspace(0.5, last, n + 1)[1:]]
+    negative = [-quantile(p) for p in np.linspace(last, 0.5, n)[:-1]]
+    assert np.array([*negative, 0, *positive]) / quantile(last) == pytest.approx(np.array(levels), abs=3e-7)
+
+
+def test_nf3_packs_eight_weights_into_three_bytes():
+    q = quantize(torch.tensor(quant.NF3).repeat(8), "nf3")
+    assert q.packed.tolist() == [0b00000101, 0b00111001, 0b01110111] * 8 and q.nbytes == 24 + 4
+    assert torch.equal(q.dequantize(), torch.tensor(quant.NF3).repeat(8))
 
 
 def test_the_worst_error_is_half_the_widest_gap():
