@@ -66,6 +66,16 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
        0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
+# bitsandbytes' FP4 consists of a sign, two bits of exponent and one of mantissa, over 12. The codes are the
+# bit patterns, which do not follow the order of the levels. Zero is there twice: 0 < y <= 0.0026 becomes code 8.
+FP4 = tuple(level / 12 for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
+
+# NF3 is built like NF4, for three bits: with n = 4, last = 1 - (1 / 4n + 1 / (4n - 2)) / 2 and Q the quantile
+# function of the normal distribution, its levels are Q(1/2 + (last - 1/2) k / n) for k = 1 .. n, zero, and
+# -Q(1/2 + (last - 1/2) k / (n - 1)) for k = 1 .. n - 1, all over Q(last).
+NF3 = (-1.0, -0.5350227355957031, -0.24693143367767334, 0.0,
+       0.1833374798297882, 0.38199394941329956, 0.6229857206344604, 1.0)
+
 # linear4 is the slide's sixteen evenly spaced levels. int4 divides by 7, so that absmax and zero are exact;
 # -8 / 7 is therefore never the nearest level. int8 is that of LLM.int8 (Dettmers et al. 2022).
 CODES = {
@@ -73,6 +83,8 @@ CODES = {
     "linear4": Code(tuple(-1 + 2 * k / 15 for k in range(16)), bits=4),
     "int4": Code(tuple(k / 7 for k in range(-8, 8)), bits=4),
     "int8": Code(tuple(k / 127 for k in range(-127, 128)), bits=8, signed=True),
+    "nf3": Code(NF3, bits=3),
+    "fp4": Code((*FP4, *(-level for level in FP4)), bits=4),
 }
 
 

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import shutil
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -54,7 +55,8 @@ NF4 = np.array([-1.0, -0.6961928009986877, -0.5250730514526367, -0.3949174880981
                 -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
                 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0], np.float32)
 LEVELS = {"nf4": NF4, "linear4": np.array([-1 + 2 * k / 15 for k in range(16)], np.float32),
-          "int4": np.array([k / 7 for k in range(-8, 8)], np.float32)}
+          "int4": np.array([k / 7 for k in range(-8, 8)], np.float32),
+          "fp4": np.array([sign * level / 12 for sign in (1, -1) for level in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)], np.float32)}
 
 
 def dynamic_map():
@@ -67,12 +69,14 @@ def dynamic_map():
 
 def slow_codes(block, levels, whole):
     """One block of float32 -> (codes, absmax)."""
+    order = np.argsort(levels, kind="stable")
+    levels = levels[order]
     absmax = np.abs(block).max()
     if absmax == 0:
-        return np.searchsorted((levels[:-1] + levels[1:]) / 2, np.zeros_like(block)), absmax
+        return order[np.searchsorted((levels[:-1] + levels[1:]) / 2, np.zeros_like(block))], absmax
     y = block * (np.float32(1) / absmax) if whole else block / absmax
     boundaries = (levels[:-1] + levels[1:]) / np.float32(2)
-    return (np.clip(y, -1, 1)[:, None] > boundaries).sum(1), absmax
+    return order[(np.clip(y, -1, 1)[:, None] > boundaries).sum(1)], absmax
 
 
 def slow_quantize(x, levels, size):
@@ -85,8 +89,8 @@ def slow_dequantize(codes, absmax, levels, size):
     return levels[codes] * np.repeat(absmax, size)[:len(codes)]
 
 
-def slow_pack(codes):
-    pairs = list(codes) + [7] * (len(codes) % 2)
+def slow_pack(codes, pad=7):
+    pairs = list(codes) + [pad] * (len(codes) % 2)
     return np.array([pairs[i] * 16 + pairs[i + 1] for i in range(0, len(pairs), 2)], np.uint8)
 
 
@@ -157,7 +161,7 @@ def test_formula(kind, scheme):
         q = quantize(x, scheme, size)
         codes, absmax = slow_quantize(x.float().numpy(), LEVELS[scheme], size)
         assert unpack(q.packed, 4, n).numpy().tolist() == codes.tolist()
-        assert q.packed.numpy().tolist() == slow_pack(codes).tolist()
+        assert q.packed.numpy().tolist() == slow_pack(codes, 0 if scheme == "fp4" else 7).tolist()
         assert same(q.absmax, torch.from_numpy(absmax))
         expected = torch.from_numpy(slow_dequantize(codes, absmax, LEVELS[scheme], size))
         for out in (*DTYPES, torch.float64):
@@ -190,6 +194,22 @@ def test_llm_int8():
     assert q.packed[:4].tolist() == [127, 0, 2, -2] and q.packed.min() >= -127
     assert same(q.absmax, row.view(-1)) and q.block is None
     assert torch.allclose(q.dequantize(), q.packed.view(37, 51) * row / 127, rtol=1e-6)
+
+
+@pytest.mark.parametrize("levels, n", [(quant.NF4, 8), (quant.NF3, 4)])
+def test_normal_floats_are_quantiles(levels, n):
+    """QLoRA, appendix E: n positive levels, zero, n - 1 negative ones; bitsandbytes' offset is 0.9677083 for n = 8."""
+    last = 1 - (1 / (4 * n) + 1 / (4 * n - 2)) / 2
+    quantile = NormalDist().inv_cdf
+    positive = [quantile(p) for p in np.linspace(0.5, last, n + 1)[1:]]
+    negative = [-quantile(p) for p in np.linspace(last, 0.5, n)[:-1]]
+    assert np.array([*negative, 0, *positive]) / quantile(last) == pytest.approx(np.array(levels), abs=3e-7)
+
+
+def test_nf3_packs_eight_weights_into_three_bytes():
+    q = quantize(torch.tensor(quant.NF3).repeat(8), "nf3")
+    assert q.packed.tolist() == [0b00000101, 0b00111001, 0b01110111] * 8 and q.nbytes == 24 + 4
+    assert torch.equal(q.dequantize(), torch.tensor(quant.NF3).repeat(8))
 
 
 def test_the_worst_error_is_half_the_widest_gap():
@@ -365,8 +385,8 @@ def test_idempotent(x, scheme, block, dtype):
     y = q.dequantize(torch.promote_types(dtype, x.dtype))
     assume(dtype != torch.float16 or x.abs().max() > 2.0**-5)          # else the values are denormal
     again = quantize(y, scheme, block)
-    assert same(again.dequantize(y.dtype), y)
-    assert same(again.packed, q.packed) and same(again.absmax, q.absmax)
+    assert same(again.dequantize(y.dtype) + 0.0, y + 0.0)              # + 0.0 makes 0 of -0
+    assert same(again.absmax, q.absmax) and (again.packed.equal(q.packed) or scheme == "fp4")        # which has zero twice
 
 
 @quick
@@ -536,6 +556,32 @@ def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
                 continue
             assert same(a, b), (what, x.dtype, tuple(x.shape), block, (a != b).sum())
         assert x.numel() % 2 == 0 or plain.packed[-1] & 15 == theirs[0][-1] & 15 == 7
+
+
+FP4_OF_BITSANDBYTES = """
+import sys, torch
+import bitsandbytes.functional as F
+results = []
+for x, block in torch.load(sys.argv[1], weights_only=True):
+    packed, state = F.quantize_fp4(x, blocksize=block)
+    results.append([packed.flatten(), state.absmax, F.dequantize_fp4(packed, state)])
+torch.save(results, sys.argv[2])
+"""
+
+
+@pytest.mark.peers
+def test_fp4_bit_for_bit_with_bitsandbytes(peer, tmp_path):
+    cases = []
+    for kind, dtype, (n, block) in itertools.product(("random", "heavy", "tied", "grid", "equal", "outlier", "zeros"), DTYPES, ((4096 * 4, 64), (3, 64), (4096, 4096), (1003, 32))):
+        if kind != "zeros" or n % block == 0:
+            cases.append((torch.from_numpy(case(kind, n, block)).to(dtype), block))
+    torch.save(cases, tmp_path / "cases")
+    peer(FP4_OF_BITSANDBYTES, tmp_path / "cases", tmp_path / "results")
+    for (x, block), (packed, absmax, values) in zip(cases, torch.load(tmp_path / "results", weights_only=True), strict=True):
+        q = quantize(x, "fp4", block)
+        assert same(q.packed, packed) and same(q.absmax, absmax), (x.dtype, block)
+        zero = 0.0 if len(x) % 2 else -0.0                   # of odd lengths its other kernel makes 0 of code 8, not -0
+        assert same(q.dequantize() + zero, values.view(-1) + zero), (x.dtype, block)
 
 
 # -----------------------------------------------------------------------------
