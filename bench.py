@@ -372,7 +372,7 @@ def spread(values):
 
 def spread_text(values):
     """A spread as a table's cell."""
-    median, least, most = (f"{value:,.1f}" for value in values.values())
+    median, least, most = (f"{value:,.2f}" for value in values.values())
     return f"{median} ({least} to {most})"
 
 

@@ -116,7 +116,8 @@ def spectra(folders):
                     values = spectrum(tensors[f"{layer}.A"].float(), tensors[f"{layer}.B"].float())
                     ax.plot(range(1, len(values) + 1), values, ".-", lw=1, alpha=0.7, color=color)
         ax.set(xlabel="index", title=f"{Path(folder).name}: {len(layers)} layers", yscale="log")
-        ax.legend(frameon=False, title="layer")
+        ax.locator_params(axis="x", integer=True)
+        ax.legend(frameon=False, title="layer", bbox_to_anchor=(1, 1), loc="upper left")
     axes[0, 0].set_ylabel("singular value of B A")
     return fig
 

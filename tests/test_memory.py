@@ -156,6 +156,13 @@ def test_a_65b_model_on_a_laptop(script, tmp_path):
     assert seconds < 20 and resident < 1e9 and 40e9 < peak < 60e9
 
 
+def test_a_gpus_rms_norm_keeps_its_output_and_a_number_a_token():
+    """Torch's rms_norm on a CPU, over which the simulation runs, would keep two float32 copies of its input."""
+    config = tiny("llama", n_embd=512, n_layer=4)
+    tokens = 4 * 32
+    assert simulate(config, "lora", 4, 32)["parts"]["norms"] == 4 * 2 * (tokens * 512 * 2 + tokens * 4)      # two norms a layer
+
+
 def test_no_gpu_is_touched():
     simulate(tiny("gpt2"), "qlora", 1, 16)
     assert not torch.cuda.is_initialized()
