@@ -365,10 +365,6 @@ class Tokenizer:
         ids = self.encode(completion)
         return ids if self.eos is None else [*ids, self.eos]
 
-    def encode_pair(self, prompt, completion):
-        """(prompt ids, completion ids), tokenized apart from each other."""
-        return self.encode_prompt(prompt), self.encode_completion(completion)
-
     def save(self, folder):
         """Writes tokenizer.model, or tokenizer.json and tokenizer_config.json, into the folder."""
         for name, content in self._files.items():

@@ -67,7 +67,7 @@ NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
        0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
 
 # bitsandbytes' FP4 consists of a sign, two bits of exponent and one of mantissa, over 12. The codes are the
-# bit patterns, which do not follow the order of the levels. Zero is there twice: 0 < y <= 0.0026 becomes code 8.
+# bit patterns, which do not follow the order of the levels. Zero is there twice: 0 < y <= 0.0026 becomes 8.
 FP4 = tuple(level / 12 for level in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 # NF3 is built like NF4, for three bits: with n = 4, last = 1 - (1 / 4n + 1 / (4n - 2)) / 2 and Q the quantile

@@ -162,7 +162,7 @@ def test_mask_is_a_position(tokenizer):
     """Prompt tokens are masked also where the completion has the same ones, and the end token is supervised."""
     encoded = encode([Example("the the", ["the the"])], tokenizer, 64)
     tokens, targets = collate(encoded.sequences, 64)
-    prompt, completion = tokenizer.encode_pair("the the", "the the")
+    prompt, completion = tokenizer.encode_prompt("the the"), tokenizer.encode_completion("the the")
     n, m = len(prompt), len(completion)
     assert tokens[0, :n + m - 1].tolist() == (prompt + completion)[:-1]
     assert targets[0].tolist() == [-1] * (n - 1) + completion + [-1] * (tokens.size(1) - n - m + 1) and completion[-1] == tokenizer.eos
