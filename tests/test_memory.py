@@ -84,8 +84,6 @@ def test_simulated_equals_counted(family, method, scheme, checkpointing, accumul
 
 def assert_equal(ours, real):
     assert ours["peak"] == real["peak"], (ours, real)
-    if method == "dora" and scheme:
-        return                                                   # it has dequantized the base before: the tables of that count elsewhere
     assert ours["parts"] == real["parts"] and ours["layers"] == real["layers"]
 
 
