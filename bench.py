@@ -450,9 +450,10 @@ def bench_loss(job, args, folder):
     job = replace(job, what="step", adapter=str(folder))
     own, theirs = (side.figures()["losses"] for side in (ours(job), peers(job)[0]))
     difference = max(abs(a - b) for a, b in zip(own, theirs, strict=True))
-    print(table([[f"{len(own)} steps, {job.dtype}", "first loss", "last loss"],
-                 ["nanopeft", f"{own[0]:.5f}", f"{own[-1]:.5f}"],
-                 ["peft + bitsandbytes", f"{theirs[0]:.5f}", f"{theirs[-1]:.5f}"]]))
+    rows = [[f"{len(own)} steps, {job.dtype}", "first loss", "last loss"]]
+    for name, losses in (("nanopeft", own), ("peft + bitsandbytes", theirs)):
+        rows.append([name, f"{losses[0]:.5f}", f"{losses[-1]:.5f}"])
+    print(table(rows))
     print(f"largest difference {difference:.2e}")
     return {"ours": own, "peers": theirs, "largest_difference": difference}
 

@@ -127,7 +127,8 @@ def spectrum(A, B):
     Singular values (r,) of B A, from A (r, in) and B (out, r): those of the r x r product of the triangles in
     their QR decompositions.
     """
-    return torch.linalg.svdvals(torch.linalg.qr(B).R @ torch.linalg.qr(A.T).R.T)
+    left, right = torch.linalg.qr(B).R, torch.linalg.qr(A.T).R
+    return torch.linalg.svdvals(left @ right.T)
 
 
 # -----------------------------------------------------------------------------
@@ -190,7 +191,8 @@ def memory(files):
 
 def codebooks(files):
     """The levels of each code over a histogram of weights over their block's absmax; each code's error."""
-    weights, source = torch.randn(2**20, generator=torch.Generator().manual_seed(0)), "drawn from N(0, 1)"
+    source = "drawn from N(0, 1)"
+    weights = torch.randn(2**20, generator=torch.Generator().manual_seed(0))
     if files:
         matrices = [tensor.float().flatten() for _, tensor in read_tensors(files[0]) if tensor.dim() == 2]
         weights, source = torch.cat(matrices), Path(files[0]).name
@@ -200,7 +202,8 @@ def codebooks(files):
     codes = {name: code.levels for name, code in quant.CODES.items() if code.bits <= 4}
     fig, axes = figure(len(codes), 1, 7, 1.9 * len(codes), sharex=True)
     for ax, (name, levels) in zip(axes, codes.items()):
-        error = (quant.quantize(blocks, name).dequantize() - blocks).abs().mean() / blocks.std()
+        difference = quant.quantize(blocks, name).dequantize() - blocks
+        error = difference.abs().mean() / blocks.std()
         ax.hist(scaled.flatten().numpy(), 201, range=(-1, 1), density=True, color="#97bbf5")
         ax.vlines(levels, 0, ax.get_ylim()[1], color="#ff725c", lw=1.2)
         ax.set(title=f"{name}: mean error {error:.4f} of the deviation", ylabel="density")
