@@ -300,7 +300,8 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         optimizer = run.make_optimizer(model.train(), Config())
         make_states(model, optimizer)
         saving = functools.partial(simulated_offload, model) if offload else nullcontext
-        with quant.simulated(), Tracker(model, optimizer, device) as tracker:      # the tables count in the step
+        # The step makes the codes' tables anew, so that they count in it.
+        with quant.simulated(), Tracker(model, optimizer, device) as tracker:
             micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)       # tokens and targets
                              for _ in range(gradient_accumulation_steps)]
             run.step(model, optimizer, micro_batches, grad_clip, label_smoothing, saving)
