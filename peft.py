@@ -89,7 +89,8 @@ class LinearWrapper(nn.Module):
     def __init__(self, base):
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features = base.in_features
+        self.out_features = base.out_features
 
 
 # -----------------------------------------------------------------------------
@@ -102,7 +103,8 @@ class LoRA(LinearWrapper):
 
     def __init__(self, base, r, s, dropout, device):
         super().__init__(base)
-        self.s, self.dropout = s, dropout
+        self.s = s
+        self.dropout = dropout
         self.A = nn.Parameter(torch.empty(r, base.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(base.out_features, r, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -148,7 +150,8 @@ def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
     for parent, name in places:
         wrapper = Wrapper(getattr(parent, name), rank, s, dropout, device_of(model))
         put(model, parent, name, wrapper)
-    return f"{Wrapper.method}: r {rank}, s {s:g}, wrapped {len(places)} of {len(list(linears(model)))} linear layers"
+    n_linear = len(list(linears(model)))
+    return f"{Wrapper.method}: r {rank}, s {s:g}, wrapped {len(places)} of {n_linear} linear layers"
 
 
 def check_low_rank(rank, dropout):
@@ -196,12 +199,14 @@ class DoRA(LoRA):
     def forward(self, x):
         with torch.no_grad():                        # the norm is a constant for the gradient (section 4.3)
             norm = super().merged(*merged_weight(self.base))[0].norm(dim=1)
-        c, y = self.m / norm, self.base(x)
+        c = self.m / norm
+        y = self.base(x)
         x = F.dropout(x, self.dropout, self.training)
         W_0x = self.base(x) if self.training and self.dropout else y
         if self.base.bias is not None:
             W_0x = W_0x - self.base.bias.to(x.dtype)
-        BAx = F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        Ax = F.linear(x, self.A.to(x.dtype))
+        BAx = F.linear(Ax, self.B.to(x.dtype))
         return y + (c - 1).to(x.dtype) * W_0x + (c * self.s).to(x.dtype) * BAx     # exactly y at first
 
     def merged(self, weight, bias):
@@ -243,7 +248,9 @@ class VeRA(LinearWrapper):
 
     def factors(self):
         """What LoRA calls A (r, in) and B (out, r)."""
-        return self.d[:, None] * self.A[:, :self.in_features], self.b[:, None] * self.B[:self.out_features]
+        A = self.A[:, :self.in_features]
+        B = self.B[:self.out_features]
+        return self.d[:, None] * A, self.b[:, None] * B
 
     def forward(self, x):
         return low_rank_linear(self.base, x, *self.factors(), 1.0, self.dropout, self.training)
@@ -266,7 +273,8 @@ def add_vera(model, rank=8, dropout=0.0, targets="all"):
     B = torch.empty(max(layer.out_features for layer in layers), rank, device="cpu")
     for matrix in (A, B):
         nn.init.kaiming_uniform_(matrix, generator=generator)
-    A, B = A.to(device_of(model)), B.to(device_of(model))
+    A = A.to(device_of(model))
+    B = B.to(device_of(model))
     for (parent, name), layer in zip(places, layers):
         put(model, parent, name, VeRA(layer, A, B, dropout))
     return f"vera: r {rank}, wrapped {len(places)} linear layers"
@@ -305,7 +313,8 @@ def add_ia3(model):
     note_method(model, "ia3")
     device = device_of(model)
     for block in model.blocks:
-        attn, ffn = block.attn, block.ffn
+        attn = block.attn
+        ffn = block.ffn
         put(model, attn, "k", IA3(attn.k, "l_k", device))
         put(model, attn, "v", IA3(attn.v, "l_v", device))
         put(model, ffn, "down", IA3(ffn.down, "l_ff", device))
@@ -325,7 +334,8 @@ class Adapter(nn.Module):
         """Linear: the model's class of linear layers; d: the model's width; size: the bottleneck's; norm: whether Lin's."""
         super().__init__()
         self.norm = nn.LayerNorm(d) if norm else None
-        self.down, self.up = Linear(d, size), Linear(size, d)
+        self.down = Linear(d, size)
+        self.up = Linear(size, d)
         self.act = self.ACTIVATIONS[activation]
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
@@ -333,7 +343,8 @@ class Adapter(nn.Module):
     def forward(self, x):
         h = x
         if self.norm is not None:
-            weight, bias = self.norm.weight.to(x.dtype), self.norm.bias.to(x.dtype)
+            weight = self.norm.weight.to(x.dtype)
+            bias = self.norm.bias.to(x.dtype)
             h = F.layer_norm(x, weight.shape, weight, bias)
         return x + self.up(self.act(self.down(h)))
 
@@ -392,7 +403,8 @@ class Prefix(nn.Module):
     def __init__(self, config, n, before, tied, mlp):
         """config: GPTConfig; n: positions; before: whether the projection acts on them; tied: s_k = s_v; mlp: hidden width or 0."""
         super().__init__()
-        self.before, self.mlp = before, None
+        self.before = before
+        self.mlp = None
         d = config.n_embd
         width = d if before else config.kv_heads * config.d_head
         if mlp:      # Li and Liang 2021, section 4.3, but an MLP for each layer; saving folds it away
@@ -415,16 +427,19 @@ def prompt_tuning_attention(self, x, rope, mask, cache):
         k = cat([s_k, x]) @ W_k = cat([s_k @ W_k, x @ W_k])
     """
     s_k, s_v = self.prefix()
-    s_k, s_v = s_k.to(x.dtype), s_v.to(x.dtype)
+    s_k = s_k.to(x.dtype)
+    s_v = s_v.to(x.dtype)
     if self.prefix.before:
-        s_k, s_v = self.k(s_k), self.v(s_v)
+        s_k = self.k(s_k)                                        # s_k @ W_k
+        s_v = self.v(s_v)
     q, k, v = self.project(x, rope)
     if cache is not None:
         k, v = cache.append(k, v)
     n = len(s_k)
     s_k = self.heads(s_k[None]).expand(len(x), -1, -1, -1)     # (n, width) -> (B, heads, n, head_dim)
     s_v = self.heads(s_v[None]).expand(len(x), -1, -1, -1)
-    k, v = torch.cat((s_k, k), 2), torch.cat((s_v, v), 2)
+    k = torch.cat((s_k, k), 2)
+    v = torch.cat((s_v, v), 2)
     if mask is not None:
         mask = F.pad(mask, (n, 0), value=True)                   # every token sees the prefix
     y = self.attend(q, k, v, mask)
@@ -481,12 +496,13 @@ class Prompt(nn.Module):
         x, pos = self.base(tokens, pos, past)
         if n == 0 or past:
             return x, pos
-        P, P_pos = self.P.to(x.dtype), self.shift + torch.arange(n, device=pos.device)
+        P = self.P.to(x.dtype)
+        P_pos = self.shift + torch.arange(n, device=pos.device)
         if self.base.positions is not None:
             P = P + self.base.positions(P_pos + self.base.offset)
         x = torch.cat((P.expand(len(x), -1, -1), x), 1)           # (B, T, n_embd) -> (B, n + T, n_embd)
-        pos = torch.cat((P_pos.expand(*pos.shape[:-1], -1), pos), -1)
-        return x, pos
+        P_pos = P_pos.expand(*pos.shape[:-1], -1)                 # (n,), or (B, n) where pos is (B, T)
+        return x, torch.cat((P_pos, pos), -1)
 
 
 def wrap_embedding(model):
@@ -511,7 +527,8 @@ def add_prompt(
     prompt = wrap_embedding(model)
     table = prompt.base.tokens.weight
     if prompt_ids is None:
-        P = torch.randn(prompt_length, table.size(1), device=table.device) * table.float().std()
+        deviation = table.float().std()
+        P = torch.randn(prompt_length, table.size(1), device=table.device) * deviation
     else:
         ids = [prompt_ids[i % len(prompt_ids)] for i in range(prompt_length)]
         P = table.detach()[ids].float()
@@ -633,7 +650,8 @@ def default_storage(method):
 
 def virtual_positions(method, options):
     """How many positions of the context the methods, joined by +, take from the tokens."""
-    names, options = method_names(method), DEFAULTS | options
+    names = method_names(method)
+    options = DEFAULTS | options
     positions = 0
     if "prompt" in names:
         positions += options["prompt_length"]
@@ -736,8 +754,9 @@ def change_of_logits(model, wrapped, merged):
 @torch.no_grad()
 def some_logits(model):
     """float32 logits (1, T, vocab_size) of the first 64 tokens of the vocabulary, in a row, without dropout."""
-    training, config = model.training, model.config
-    tokens = torch.arange(min(64, config.block_size), device=device_of(model)) % config.vocab_size
+    training = model.training
+    n = min(64, model.config.block_size)
+    tokens = torch.arange(n, device=device_of(model)) % model.config.vocab_size
     logits, _ = model.eval()(tokens[None])
     model.train(training)
     return logits.float()
@@ -857,11 +876,13 @@ def load_state(model, tensors, where="state"):
 
 def check_tensors(tensors, own, where):
     """ValueError unless tensors has the names and shapes of own, is float32 and finite."""
-    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    missing = own.keys() - tensors.keys()
+    extra = tensors.keys() - own.keys()
     check(not missing, f"{where}: lacks {len(missing)} tensors: {some(missing)}")  # fault 9
     check(not extra, f"{where}: {len(extra)} tensors too many: {some(extra)}")
     for name, t in tensors.items():
-        shape, kind = own[name].shape, getattr(t, "dtype", type(t).__name__)
+        shape = own[name].shape
+        kind = getattr(t, "dtype", type(t).__name__)
         check(kind == torch.float32, f"{where}: {name} is {kind}; it must be torch.float32")  # fault 11
         check(t.shape == shape, f"{where}: {name} has shape {tuple(t.shape)}; here it is {tuple(shape)}")  # fault 10
         check(bool(t.isfinite().all()), f"{where}: {name} holds NaN or infinity")  # fault 12
@@ -876,7 +897,8 @@ def pack_adapter(model):
     """What an adapter's file holds: plain values and the trained tensors, on the CPU."""
     check(methods(model), "nothing is attached that could be saved")
     check(not is_merged(model), "the model is merged; unmerge it first")
-    options, tensors = options_attached(model), adapter_state_dict(model)
+    options = options_attached(model)
+    tensors = adapter_state_dict(model)
     if options.get("prefix_mlp"):
         tensors = fold_prefix(model, tensors)
         options["prefix_mlp"] = 0
@@ -902,7 +924,8 @@ def save_adapter(model, path):
 def read_adapter(path):
     """The checked content of an adapter's file, on the CPU."""
     content = read_file(path)
-    kind, version = content.get("kind"), content.get("format")
+    kind = content.get("kind")
+    version = content.get("format")
     check(kind == "adapter", f"{path}: not an adapter ({kind or 'no kind'} in it)")
     known = type(version) is int and version <= FORMAT
     check(known, f"{path}: format {version} is newer than this code's {FORMAT}; update nanopeft")  # fault 17
@@ -921,8 +944,11 @@ def load_adapter(model, path, replace=False):
     A model that carries the same methods with the same options gets the tensors alone; one that carries others is refused, or
     with replace rid of them first (the base is not loaded again).
     """
-    content, where = (path, "adapter") if isinstance(path, dict) else (read_adapter(path), path)
-    base, own = content["base"], fingerprint(model)
+    content, where = path, "adapter"
+    if not isinstance(path, dict):
+        content, where = read_adapter(path), path
+    base = content["base"]
+    own = fingerprint(model)
     check(base == own, f"{where}: made for the base {base[:12]}, this one is {own[:12]}")  # fault 13
     check(not is_merged(model), "the model is merged; unmerge it first")
     carried = "+".join(methods(model))
@@ -956,7 +982,9 @@ def add_adapters(adapters, weights):
     first = adapters[0]
     halves = {name: [] for name in first["tensors"]}             # name of an A or a B -> the adapters' own
     for adapter, w in zip(adapters, weights, strict=True):
-        method, base, tensors = adapter["method"], adapter["base"], adapter["tensors"]
+        method = adapter["method"]
+        base = adapter["base"]
+        tensors = adapter["tensors"]
         targets = adapter["options"]["targets"]
         check(method == "lora", f"only lora adapters can be added, not {method}")
         check(base == first["base"], f"adapters of different bases: {first['base'][:12]} and {base[:12]}")
