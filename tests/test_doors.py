@@ -21,7 +21,8 @@ from lib import checkpoint, files, run
 from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
-                ("prefix", dict(prefix_length=3, prefix_style="after")), ("prefix", dict(prefix_length=3, prefix_style="after", prefix_mlp=8)), ("bitfit", {}), ("bitfit+lora", {})]
+                ("prefix", dict(prefix_length=3, prefix_style="after")), ("prefix", dict(prefix_length=3, prefix_style="after", prefix_mlp=8)), ("bitfit", {}), ("bitfit+lora", {}),
+                ("dora", {}), ("dora", dict(targets="q,k,v,down", rslora=True))]
 TOKENS = torch.randint(59, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
