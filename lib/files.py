@@ -86,8 +86,8 @@ def write_atomic(path, content):
 def read_bytes(path):
     """The bytes of a file; ValueError where it cannot be read."""
     try:
-        return Path(path).read_bytes()                               # fault 1
-    except OSError as error:
+        return Path(path).read_bytes()
+    except OSError as error:                                         # fault 1
         raise ValueError(f"{path}: {error.strerror}") from None
 
 

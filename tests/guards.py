@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 REPLACED = {                                # file and fault: words of the marked line, and what they become
     ("lib/config.py", 7): ("(ValueError, OSError)", "ValueError"),
     ("data.py", 24): ("raise ValueError", "raise KeyError"),
+    ("lib/files.py", 1): ("OSError", "ZeroDivisionError"),
+    ("lib/files.py", 4): ("weights_only=True", "weights_only=False"),
+    ("lib/files.py", 5): ('path.with_name(f".{path.name}.{os.getpid()}.tmp")', "path"),
     ("train.py", 18): ("<", "<="),
     ("train.py", 37): ("if not out_of_memory", "if True"),
 }
@@ -58,7 +61,10 @@ def unguarded(source, fault, file, number):
 
 
 def survives(fault, file, number):
-    """Whether the fault's test passes without the guard, and pytest's last words."""
+    """
+    Whether the fault's test does not fail without the guard, and pytest's last words. An error before the test began says nothing
+    about the guard: too much was taken out.
+    """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "copy")
         shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__", ".git", ".venv*", "out"))
@@ -66,7 +72,7 @@ def survives(fault, file, number):
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_faults.py", "-k", f"test_{fault:02}"]
         done = subprocess.run(command, cwd=copy, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(copy)})
     words = (done.stdout.strip().splitlines() or [done.stderr[-200:]])[-1]
-    return done.returncode != 1 or not re.match(r"\d+ failed|.* error", words), words
+    return done.returncode != 1 or not re.match(r"\d+ failed", words), words
 
 
 def main(chosen):

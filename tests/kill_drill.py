@@ -21,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch._dynamo  # noqa: F401 (this and the next, before the fork)
 import memory  # noqa: F401
 import hub  # noqa: F401
-import peft
 import train
 from lib import files
 from lib.config import command_line, run_main
 
 
 def torn(n):
-    """Makes peft's nth file with tensors, from now, end half written, and the process with it."""
+    """Makes the nth file with tensors that lib/files.py writes, from now, end half written, and the process with it."""
     def opened(path, mode="r", **options):
         nonlocal n
         file = open(path, mode, **options)
@@ -42,7 +41,7 @@ def torn(n):
                 os.kill(os.getpid(), signal.SIGKILL)
             file.write = half
         return file
-    peft.open = opened
+    files.open = opened
 
 
 def child(args, n):
