@@ -436,14 +436,18 @@ taken: the numbers should differ, and the more so the longer the sequence."""
 
 
 def readme_table():
-    """The README's: models by methods, the peak at sequence 512 and batch 1, and the largest batches."""
-    rows = [["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]]
+    """
+    Yields the README's table, each line as soon as it is known: models by methods, the peak at sequence 512
+    and batch 1, and the largest batches.
+    """
+    header = ["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]
+    yield table([header], markdown=True)
     for name in ("gpt2-medium", "gpt2-xl", "llama-7b", "llama-65b"):
         for method in ("full", "adapter", "prefix", "lora", "qlora"):
             batches = [max_batch(name, n * 10**9, method) for n in (16, 24, 80)]
             peak = predicted_peak(PRESETS[name], method, 1, 512)
-            rows.append([name, method, size(peak, 2), *(str(batch or "-") for batch in batches)])
-    return table(rows, markdown=True)
+            row = [name, method, size(peak, 2), *(str(batch or "-") for batch in batches)]
+            yield "| " + " | ".join(row) + " |"
 
 
 # -----------------------------------------------------------------------------
@@ -489,7 +493,8 @@ def main(args):
     elif args.bert:
         print(bert(args.fit or 12 * 10**9))
     elif args.table:
-        print(readme_table())
+        for line in readme_table():
+            print(line, flush=True)
     else:
         own_model(args)
 
