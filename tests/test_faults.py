@@ -325,7 +325,7 @@ def test_32_partial_blocks_and_odd_counts(shape):
     for scheme in quant.CODES:
         q = quant.quantize(x, scheme, 16, True)
         widest = torch.tensor(quant.CODES[scheme].levels).sort().values.diff().max()
-        assert q.dequantize().shape == x.shape and (q.dequantize() - x).abs().max() < (widest / 2 + 0.05) * x.abs().max()
+        assert q.dequantize().shape == x.shape and (q.dequantize() - x).abs().max() < (widest / 2 + 0.048) * x.abs().max()
         assert torch.equal(quant.QuantizedTensor(*q.meta, *q.tensors().values()).dequantize(), q.dequantize())
 
 

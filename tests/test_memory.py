@@ -78,7 +78,7 @@ def test_simulated_equals_counted(family, method, scheme, checkpointing, accumul
         pytest.skip("no biases")
     storage = quant.Storage(scheme, double=True) if scheme else None
     ours, real = compare(family, method, 3, 40, storage=storage, checkpointing=checkpointing, accumulation=accumulation,
-                         n_embd=64, n_layer=2 if family == "gpt2" else 1, options=dict(top_k=1, rank=4))
+                         n_embd=64, n_layer=2, options=dict(top_k=1, rank=4))
     assert_equal(ours, real)
 
 
@@ -100,9 +100,9 @@ def test_layers_left_out_of_storage():
     assert ours[0]["parts"]["weights bfloat16"] - none_skipped["parts"]["weights bfloat16"] == 2 * up
 
 
-@settings(derandomize=True, deadline=None, max_examples=10)
+@settings(derandomize=True, deadline=None, max_examples=12)
 @given(st.sampled_from(sorted(FAMILIES)), st.sampled_from(["full", "lora", "qlora", "adapter", "prefix", "prompt", "ia3", "top", "lora+ia3", "qlora+prompt"]), st.integers(1, 5),
-       st.integers(1, 90), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), st.integers(1, 3), st.integers(1, 2), st.sampled_from([32, 64, 96]), st.integers(1, 9))
+       st.integers(1, 90), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans(), st.integers(1, 3), st.integers(1, 4), st.sampled_from([32, 64, 96]), st.integers(1, 9))
 def test_random_configurations(family, method, batch, seq, dtype, checkpointing, accumulation, layers, width, rank):
     options = dict(rank=rank, top_k=1, adapter_size=rank, prefix_length=rank, prompt_length=rank)
     ours, real = compare(family, method, batch, seq, dtype, checkpointing=checkpointing, accumulation=accumulation, n_layer=layers, n_embd=width, options=options)
@@ -148,8 +148,8 @@ def test_qlora_keeps_no_more_activations_than_lora():
 
 
 def test_a_65b_model_on_a_laptop(script, tmp_path):
-    (tmp_path / "code.py").write_text("import time, memory\nfrom lib import machine\nstart = time.process_time()\nn = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']\n"
-                                      "print(time.process_time() - start, machine.peak_bytes(), n)")
+    (tmp_path / "code.py").write_text("import time, memory\nfrom lib import machine\nstart = time.time()\nn = memory.simulate('llama-65b', 'qlora', 1, 512)['peak']\n"
+                                      "print(time.time() - start, machine.peak_bytes(), n)")
     seconds, resident, peak = map(float, script(tmp_path / "code.py").stdout.split())
     assert seconds < 20 and resident < 1e9 and 40e9 < peak < 60e9
 
