@@ -53,10 +53,10 @@ import torch.nn.functional as F
 import data
 import peft
 from lib import run as runs
-from lib.checkpoint import FAMILIES, family_of, layout, load_base, read_config, save_base
+from lib.checkpoint import (layout, linear_modules, load_base, read_origin, save_base, shapes_of, stack,
+                            unstack)
 from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes,
                        write_atomic, write_json, write_safetensors)
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, which holds
@@ -86,95 +86,107 @@ ELSEWHERE = {"adapter": "; bottleneck adapters go to --layout adapterhub",
 
 
 @functools.cache
-def linear_layers(config):
+def linear_layers(base):
     """{their module of a block: {our layer: rows of its weight}}, top to bottom, of the linear layers."""
-    with torch.device("meta"):
-        block = GPT(dataclasses.replace(config, n_layer=1)).blocks[0]
-    return {module: {name: block.get_submodule(name).out_features for name in layers}
-            for module, layers in family_of(config).linears().items()}
+    rows = {name: shape[0] for name, shape in shapes_of(base.config).items()}
+    return {module: {name: rows[f"blocks.0.{name}.weight"] for name in layers}
+            for module, layers in linear_modules(base.family).items()}
 
 
-def scaled_layers(config):
+def peft_name(base, name):
+    """The name in PEFT's layout of a tensor or module of the base's checkpoint."""
+    if base.wrapped:
+        name = name.replace("model.", "model.language_model.", 1)
+    return f"base_model.model.{name}"
+
+
+def scaled_layers(base):
     """linear_layers, but only those that (IA)3 scales."""
-    return {module: layers for module, layers in linear_layers(config).items() if layers.keys() & IA3_VECTORS}
+    return {module: layers for module, layers in linear_layers(base).items() if layers.keys() & IA3_VECTORS}
 
 
-def prefix_names(config):
+def prefix_names(base):
     """Our names of a prefix's keys and values, in the order of PEFT's layout."""
-    return [f"blocks.{i}.attn.prefix.{name}" for i in range(config.n_layer) for name in ("s_k", "s_v")]
+    return [f"blocks.{i}.attn.prefix.{name}" for i in range(base.config.n_layer) for name in ("s_k", "s_v")]
 
 
-def bias_names(config):
+def bias_names(base):
     """{PEFT's name: our names} of every bias of the base."""
-    tensors = layout(config).items()
-    return {f"base_model.model.{theirs}": ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
+    tensors = layout(base.family, shapes_of(base.config)).items()
+    return {peft_name(base, theirs): ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
 
 
-def to_peft(content, config):
+def prompt_scale(base):
+    """What a prompt's vectors are multiplied by where they enter the model here and do not in PEFT: there they stand
+    behind the module of the embedding, which scales its own."""
+    return base.config.embed_scale if base.family.scaled_embedding else 1.0
+
+
+def to_peft(content, base):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for what PEFT has no place for."""
     method, options, tensors = content["method"], content["options"], content["tensors"]
     methods = set(method.split("+"))
     if method == "prompt":
-        settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"], config)
+        settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"] * prompt_scale(base), base)
     elif method == "prefix":
         check(options["prefix_style"] == "after", "a prefix before the projection has no place in PEFT's layout, which "
               "stores keys and values; train with --prefix_style after")
-        keys_and_values = torch.cat([tensors[name] for name in prefix_names(config)], 1)
-        settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, config)
-        settings |= {"prefix_projection": False, "encoder_hidden_size": config.n_embd}
+        keys_and_values = torch.cat([tensors[name] for name in prefix_names(base)], 1)
+        settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, base)
+        settings |= {"prefix_projection": False, "encoder_hidden_size": base.config.n_embd}
     elif method == "ia3":
-        settings, out = ia3_to_peft(tensors, config)
+        settings, out = ia3_to_peft(tensors, base)
     elif methods - {"bitfit"} in ({"lora"}, {"dora"}, set()):
-        settings, out = lora_to_peft(methods, options, tensors, config)
+        settings, out = lora_to_peft(methods, options, tensors, base)
     else:
         hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
         raise ValueError(f"{method} has no place in PEFT's layout{hint}")
     return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
 
 
-def virtual_to_peft(kind, embeddings, config):
+def virtual_to_peft(kind, embeddings, base):
     """(adapter_config, tensors) of virtual tokens: a prompt's or a prefix's."""
     settings = {"peft_type": kind, "num_virtual_tokens": len(embeddings), "num_transformer_submodules": 1,
-                "token_dim": config.n_embd, "num_layers": config.n_layer, "num_attention_heads": config.n_head}
+                "token_dim": base.config.n_embd, "num_layers": base.config.n_layer, "num_attention_heads": base.config.n_head}
     return settings, {"prompt_embeddings": embeddings}
 
 
-def ia3_to_peft(tensors, config):
+def ia3_to_peft(tensors, base):
     """(adapter_config, tensors) of (IA)3; a layer that it does not scale gets ones where PEFT's module holds it."""
-    modules, family, out = scaled_layers(config), family_of(config), {}
+    modules, family, out = scaled_layers(base), base.family, {}
     feedforward = [module for module, layers in modules.items() if "ffn.down" in layers]
-    for i in range(config.n_layer):
+    for i in range(base.config.n_layer):
         for module, layers in modules.items():
             vectors = []
             for name, rows in layers.items():
                 vector = f"blocks.{i}.{name}.{IA3_VECTORS.get(name)}"
                 vectors.append(tensors.get(vector, torch.ones(rows)))
             dim = 0 if module in feedforward else 1
-            out[f"base_model.model.{family.block(i)}{module}.ia3_l"] = torch.cat(vectors).unsqueeze(dim)
+            out[peft_name(base, f"{family.block(i)}{module}.ia3_l")] = stack(family, base.config, vectors).unsqueeze(dim)
     settings = {"peft_type": "IA3", "target_modules": sorted(modules), "feedforward_modules": feedforward,
                 "fan_in_fan_out": family.transposed}
     return settings, out
 
 
-def lora_to_peft(methods, options, tensors, config):
+def lora_to_peft(methods, options, tensors, base):
     """(adapter_config, tensors) of LoRA or DoRA, of BitFit, or of both."""
     if methods == {"bitfit"}:      # PEFT trains biases beside a LoRA, which is here one of zeros on the queries
         options = {"rank": 1, "alpha": 1.0, "rslora": False}
-        A, B = torch.zeros(1, config.n_embd), torch.zeros(config.n_head * config.d_head, 1)
-        for i in range(config.n_layer):
+        A, B = torch.zeros(1, base.config.n_embd), torch.zeros(base.config.n_head * base.config.d_head, 1)
+        for i in range(base.config.n_layer):
             tensors = tensors | {f"blocks.{i}.attn.q.A": A, f"blocks.{i}.attn.q.B": B}
-    family, ranks, out = family_of(config), {}, {}
-    for module, layers in linear_layers(config).items():
-        for i in range(config.n_layer):
-            stacked = stack_lora(tensors, f"blocks.{i}", layers)
+    family, ranks, out = base.family, {}, {}
+    for module, layers in linear_layers(base).items():
+        for i in range(base.config.n_layer):
+            stacked = stack_lora(base, tensors, f"blocks.{i}", layers)
             for name, t in stacked.items():
-                out[f"base_model.model.{family.block(i)}{module}.{name}"] = t
+                out[peft_name(base, f"{family.block(i)}{module}.{name}")] = t
                 ranks[module] = len(stacked["lora_A.weight"])
     if "bitfit" in methods:
         wrapped = tuple(f".{module}.bias" for module in ranks)
-        for name, ours in bias_names(config).items():
+        for name, ours in bias_names(base).items():
             within = ".base_layer.bias" if name.endswith(wrapped) else ".bias"
-            out[name.removesuffix(".bias") + within] = torch.cat([tensors[n] for n in ours])
+            out[name.removesuffix(".bias") + within] = stack(family, base.config, [tensors[n] for n in ours])
     s, r = peft.scale_of(options), max(ranks.values())
     others = {module: rank for module, rank in ranks.items() if rank != r}
     settings = {
@@ -185,19 +197,21 @@ def lora_to_peft(methods, options, tensors, config):
     return settings, out
 
 
-def stack_lora(tensors, block, layers):
+def stack_lora(base, tensors, block, layers):
     """{name in PEFT's layout: tensor} of the one LoRA that does what the layers' LoRAs do; {} where there are none."""
     wrapped = [f"{block}.{name}" for name in layers if f"{block}.{name}.A" in tensors]
     if not wrapped:
         return {}
     B = [tensors.get(f"{block}.{name}.B", torch.zeros(rows, 0)) for name, rows in layers.items()]
-    stacked = {"lora_A.weight": torch.cat([tensors[f"{name}.A"] for name in wrapped]), "lora_B.weight": torch.block_diag(*B)}
+    B_of_layers = torch.block_diag(*B).split(list(layers.values()))
+    stacked = {"lora_A.weight": torch.cat([tensors[f"{name}.A"] for name in wrapped]),
+               "lora_B.weight": stack(base.family, base.config, B_of_layers)}
     magnitudes = [tensors[f"{name}.m"] for name in wrapped if f"{name}.m" in tensors]
     if magnitudes:
         names = ",".join(name.rpartition(".")[2] for name in layers)
         check(len(magnitudes) == len(layers), f"DoRA on a part of {names} has no place in PEFT's layout, which holds these "
               f"in one module and the magnitudes of all; train with --targets containing {names}")
-        stacked["lora_magnitude_vector"] = torch.cat(magnitudes)
+        stacked["lora_magnitude_vector"] = stack(base.family, base.config, magnitudes)
     return stacked
 
 
@@ -213,7 +227,7 @@ KNOWN = set("""
 """.split())
 
 
-def from_peft(folder, config):
+def from_peft(folder, base):
     """(method, options, tensors) of a folder in PEFT's layout; peft.load_state then checks that they are complete."""
     settings = read_json(Path(folder, "adapter_config.json"))
     file = Path(folder, "adapter_model.safetensors")
@@ -227,50 +241,50 @@ def from_peft(folder, config):
             check(harmless, f"{key} is {value!r}, which this code does not know")
         kind = settings.get("peft_type")
         if kind == "LORA":
-            return lora_from_peft(settings, tensors, config)
+            return lora_from_peft(settings, tensors, base)
         if kind == "IA3":
-            return ia3_from_peft(tensors, config)
+            return ia3_from_peft(tensors, base)
         if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
-            return virtual_from_peft(kind, tensors, config)
+            return virtual_from_peft(kind, tensors, base)
         raise ValueError(f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
 
 
-def virtual_from_peft(kind, tensors, config):
+def virtual_from_peft(kind, tensors, base):
     """(method, options, tensors) of a prompt or a prefix."""
     P = tensors.get("prompt_embeddings", torch.zeros(()))
     alone = len(tensors) == 1 and P.dim() == 2
     check(alone, f"must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
     if kind == "PROMPT_TUNING":
-        return "prompt", {"prompt_length": len(P)}, {"embed.P": P}
-    keys_and_values = dict(zip(prefix_names(config), P.chunk(2 * config.n_layer, 1)))
+        return "prompt", {"prompt_length": len(P)}, {"embed.P": P / prompt_scale(base)}
+    keys_and_values = dict(zip(prefix_names(base), P.chunk(2 * base.config.n_layer, 1)))
     return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, keys_and_values
 
 
-def linear_tensors(tensors, config, suffixes):
+def linear_tensors(tensors, base, suffixes):
     """Yields (module, i, suffix, tensor) of linear layers' tensors in PEFT's layout. Any other one is refused."""
-    start, end = map(re.escape, family_of(config).block(0).split("0"))
-    pattern = re.compile(rf"base_model\.model\.{start}(\d+){end}(.+)\.({suffixes})(?:\.weight)?")
+    start, end = map(re.escape, peft_name(base, base.family.block(0)).split("0"))
+    pattern = re.compile(rf"{start}(\d+){end}(.+)\.({suffixes})(?:\.weight)?")
     for name, t in tensors.items():
         match = pattern.fullmatch(name)
-        there = match and int(match[1]) < config.n_layer and match[2] in linear_layers(config)
-        check(there and t.dim(), f"{name} is no tensor of a {family_of(config).name} adapter with {config.n_layer} layers")
+        there = match and int(match[1]) < base.config.n_layer and match[2] in linear_layers(base)
+        check(there and t.dim(), f"{name} is no tensor of a {base.family.name} adapter with {base.config.n_layer} layers")
         yield match[2], match[1], match[3], t
 
 
-def split_rows(tensor, layers, where):
+def split_rows(base, tensor, layers, where):
     """A module's tensor -> {our layer: its rows}."""
     rows = list(layers.values())
     check(len(tensor) == sum(rows), f"{where} has {len(tensor)} rows; this base makes it {sum(rows)}")
-    return dict(zip(layers, tensor.split(rows)))
+    return dict(zip(layers, unstack(base.family, base.config, tensor, rows)))
 
 
-def ia3_from_peft(tensors, config):
+def ia3_from_peft(tensors, base):
     """(method, options, tensors) of (IA)3, whose vectors must scale what they scale here and nothing else."""
-    modules, out = scaled_layers(config), {}
-    for module, i, _, l in linear_tensors(tensors, config, "ia3_l"):
+    modules, out = scaled_layers(base), {}
+    for module, i, _, l in linear_tensors(tensors, base, "ia3_l"):
         check(module in modules, f"(IA)3 on {module}; only {', '.join(sorted(modules))} can be read")
         layers, l = modules[module], l.flatten()
-        vectors = {"ffn.down": l} if "ffn.down" in layers else split_rows(l, layers, f"{module} of layer {i}")
+        vectors = {"ffn.down": l} if "ffn.down" in layers else split_rows(base, l, layers, f"{module} of layer {i}")
         for name, vector in vectors.items():
             if name in IA3_VECTORS:
                 out[f"blocks.{i}.{name}.{IA3_VECTORS[name]}"] = vector
@@ -280,7 +294,7 @@ def ia3_from_peft(tensors, config):
     return "ia3", {}, out
 
 
-def lora_from_peft(settings, tensors, config):
+def lora_from_peft(settings, tensors, base):
     """(method, options, tensors) of LoRA, DoRA or BitFit.
 
     One rank and one scale are for all here: a smaller rank is filled up with zeros, another scale goes into B.
@@ -289,21 +303,21 @@ def lora_from_peft(settings, tensors, config):
         value = settings.get(key)
         check(isinstance(value, (int, float)) and value > 0, f"{key} is {value!r}; it must be a positive number")
     common = {"rank": settings["r"], "alpha": settings["lora_alpha"], "rslora": bool(settings.get("use_rslora"))}
-    biases = take_biases(tensors, config)
-    found = list(linear_tensors(tensors, config, "|".join(LORA_SUFFIXES)))
+    biases = take_biases(tensors, base)
+    found = list(linear_tensors(tensors, base, "|".join(LORA_SUFFIXES)))
     rank = max((len(t) for _, _, suffix, t in found if suffix == "lora_A"), default=0)
     check(rank, "no LoRA in it")
     s, out = peft.scale_of(common | {"rank": rank}), {}
     for module, i, suffix, t in found:
         own = common | patterned(settings, module)
         where, padding = f"{module} of layer {i}", rank - own["rank"]
-        layers = linear_layers(config)[module]
+        layers = linear_layers(base)[module]
         if suffix == "lora_A":
             right = t.dim() == 2 and len(t) == own["rank"]
             check(right, f"{where} has rank {len(t)}; adapter_config.json says {own['rank']}")
             parts = dict.fromkeys(layers, F.pad(t, (0, 0, 0, padding)))
         else:
-            parts = split_rows(t, layers, where)
+            parts = split_rows(base, t, layers, where)
         for name, part in parts.items():
             if suffix == "lora_B":
                 part = F.pad(part * (peft.scale_of(own) / s), (0, padding))
@@ -329,13 +343,13 @@ def patterned(settings, module):
     return own
 
 
-def take_biases(tensors, config):
+def take_biases(tensors, base):
     """Takes the base's biases out of `tensors`: {our name: tensor}."""
-    biases = {}
-    for name, ours in bias_names(config).items():
-        for theirs in (name, name.replace(".bias", ".base_layer.bias")):
+    biases, shapes = {}, shapes_of(base.config)
+    for name, ours in bias_names(base).items():
+        for theirs in (name, name.removesuffix(".bias") + ".base_layer.bias"):
             if theirs in tensors:
-                biases |= zip(ours, tensors.pop(theirs).chunk(len(ours)))
+                biases |= split_rows(base, tensors.pop(theirs), {n: shapes[n][0] for n in ours}, theirs)
     return biases
 
 
@@ -357,38 +371,38 @@ HUB_DEFAULTS = {   # written because that library expects them; without effect b
     "shared_W_phm": False, "shared_phm_rule": True, "stochastic_depth": 0.0}
 
 
-def hub_names(config, style, name):
+def hub_names(base, style, name):
     """{their name: our name} of the tensors of an adapter called `name`."""
-    family, names = family_of(config), {}
+    family, names = base.family, {}
     adapters = {"attention_adapters": "adapter1", "output_adapters": "adapter2"}
     modules = {"adapter_down.0": "down", "adapter_up": "up"}
     if style != "houlsby":
         del adapters["attention_adapters"]
     if style == "lin":
         modules = {"adapter_down.1": "down", "adapter_up": "up", "adapter_down.0": "norm"}
-    for i, adapter, kind in product(range(config.n_layer), adapters, ("weight", "bias")):
+    for i, adapter, kind in product(range(base.config.n_layer), adapters, ("weight", "bias")):
         for theirs, ours in modules.items():
             start = f"{family.block(i)}{adapter}.adapters.{name}"
             names[f"{start}.{theirs}.{kind}"] = f"blocks.{i}.{adapters[adapter]}.{ours}.{kind}"
     return names
 
 
-def to_adapterhub(content, config, name):
+def to_adapterhub(content, base, name):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for all but bottleneck adapters."""
     check(content["method"] == "adapter", f"{content['method']} has no place in AdapterHub's layout here; "
           "--layout peft takes lora, ia3, prompt, prefix and bitfit")
-    options, family = content["options"], family_of(config)
+    options, family = content["options"], base.family
     style = options["adapter_style"]
-    shape = {"reduction_factor": config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"]}
+    shape = {"reduction_factor": base.config.n_embd / options["adapter_size"], "non_linearity": options["adapter_activation"]}
     settings = {
         "name": name, "config": shape | HUB_STYLES[style] | HUB_FIXED | HUB_DEFAULTS, "config_id": "",
-        "hidden_size": config.n_embd, "model_class": family.architecture, "model_type": family.name, "model_name": "",
+        "hidden_size": base.config.n_embd, "model_class": family.architecture, "model_type": family.name, "model_name": "",
         "version": "adapters.1.3.0"}
-    names = hub_names(config, style, name)
+    names = hub_names(base, style, name)
     return settings, {theirs: content["tensors"][ours] for theirs, ours in names.items()}
 
 
-def from_adapterhub(folder, config):
+def from_adapterhub(folder, base):
     """(method, options, tensors) of a folder in AdapterHub's layout; peft.load_state then checks that they are complete."""
     settings = read_json(Path(folder, "adapter_config.json"))
     tensors = {name: t.float() for name, t in read_tensors(Path(folder, "pytorch_adapter.bin"))}
@@ -403,7 +417,7 @@ def from_adapterhub(folder, config):
             value = inner.get(key, wanted)
             check(value == wanted, f"{key} is {value!r}; only {wanted!r} can be read")
         out = {}
-        for theirs, ours in hub_names(config, style, name).items():
+        for theirs, ours in hub_names(base, style, name).items():
             check(theirs in tensors, f"lacks {theirs}")
             out[ours] = tensors.pop(theirs)
             twin = theirs.replace("adapter_down.0", "adapter_norm_before")      # the library's second name of Lin's LayerNorm
@@ -443,10 +457,9 @@ def write_run(config, content):
 def export(run, path, layout="peft", name="nanopeft"):
     """A run's adapter as a folder in the layout "peft" or "adapterhub". Nothing that is there is written over."""
     config, content = read_run(run)
-    base, path = read_config(config.base), unused(path)
+    base, path = read_origin(config.base), unused(path)
     check(layout in ("peft", "adapterhub"), f"layout is {layout!r}; it must be peft or adapterhub")
-    families = " and ".join(family.name for family in FAMILIES.values() if family.adapters)
-    check(family_of(base).adapters, f"export of adapters is for {families} bases, not {family_of(base).name}")
+    check(base.family.adapters, f"export of adapters is not for {base.family.name} bases")
     if layout == "peft":
         settings, tensors = to_peft(content, base)
         settings["base_model_name_or_path"] = str(Path(config.base).resolve())
@@ -466,7 +479,7 @@ def import_adapter(path, base, out):
     out, file = unused(out), Path(path, "adapter_config.json")
     check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
     read = from_peft if "peft_type" in read_json(file) else from_adapterhub
-    method, options, tensors = read(path, read_config(base))
+    method, options, tensors = read(path, read_origin(base))
     model = load_base(base)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
@@ -499,8 +512,7 @@ def merge_run(run, path, requantize=False):
     possible = not requantize or runs.storage_of(config)
     check(possible, f"{run}: its base is not quantized; merge it without --requantize")
     report = peft.merge(model, requantize)
-    base = read_json(Path(config.base, "config.json"))
-    save_base(model, path, {key: value for key, value in base.items() if key.endswith("_token_id")})
+    save_base(model, path)
     tokenizer.save(path)
     return report
 

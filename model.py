@@ -1,10 +1,12 @@
 """
-One GPT-style transformer: GPT-2, OPT and Llama by configuration. It knows nothing of PEFT or quantization.
+One GPT-style transformer by configuration. It knows nothing of PEFT, quantization or checkpoints.
 
     from model import GPT, PRESETS
     model = GPT(PRESETS["gpt2"])
     logits, _ = model(tokens)             # tokens (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(tokens, targets)      # mean cross-entropy where targets != -1; the logits never exist at once
+
+Models differ by orthogonal features of GPTConfig, each of which acts in one place.
 
 Three things are left open for others to replace, and are written so that they can be: a linear layer is
 only called and asked for `in_features` and `out_features`; `Attention.forward` and `Block.forward` read
@@ -17,14 +19,18 @@ weight until the step ends.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib.kernels import CausalAttention, RMSNorm, cross_entropy, device_type, simulating
+from lib import presets
+from lib.cache import Cache
+from lib.kernels import (CausalAttention, RMSNorm, accurate, beyond, cross_entropy, device_type,
+                         simulating)
+from lib.rope import Rope, frequencies, rotate
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -33,9 +39,17 @@ ACTIVATIONS = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
     "silu": F.silu,
 }
-CHOICES = {"position": ("learned", "rope"), "norm": ("layer", "rms"), "activation": tuple(ACTIVATIONS)}
+CHOICES = {
+    "position": ("learned", "rope"),
+    "norm": ("layer", "rms"),
+    "norm_place": ("before", "after", "both"),
+    "qk_norm": ("none", "head", "heads", "width"),
+    "activation": tuple(ACTIVATIONS),
+}
+PARTS_WITH_BIAS = ("q", "k", "v", "out", "gate", "up", "down", "norm")
 
 
 @dataclass(frozen=True)
@@ -53,14 +67,26 @@ class GPTConfig:
     n_ffn: int = 0                  # hidden width of the FFN; 4 * n_embd
     head_dim: int = 0               # n_embd // n_head
     position: str = "learned"       # or "rope"
-    position_offset: int = 0        # OPT's table of positions begins with two unused rows
+    position_offset: int = 0        # unused rows at the beginning of the table of learned positions
+    rope: Rope = Rope()
+    local_rope: Rope | None = None  # of the layers with a window; None: the same
+    windows: tuple = ()             # for each layer how many tokens one sees, itself included; 0: all. (): all
+    unrotated: tuple = ()           # indices of the layers without rotary positions
     norm: str = "layer"             # or "rms"
     norm_eps: float = 1e-5
-    activation: str = "gelu_tanh"   # or "gelu", "relu", "silu"
+    norm_offset: float = 0.0        # what is added to the norms' weights
+    norm_place: str = "before"      # attention and FFN, or "after" them, or "both"
+    parallel: bool = False          # the FFN reads what the attention reads, not its sum
+    shared_norm: bool = False       # the FFN reads through the attention's norm
+    qk_norm: str = "none"           # of q and k: by "head", by "heads" with a weight for each, over the "width"
+    activation: str = "gelu_tanh"   # or "gelu", "relu", "relu2", "silu"
     gated: bool = False             # down(act(gate(x)) * up(x)) instead of down(act(up(x)))
-    bias: bool = True               # in linear layers and LayerNorms
+    bias: str = " ".join(PARTS_WITH_BIAS)       # the linear layers that have one, and "norm" for LayerNorms
     tied: bool = True               # the head is the token embedding
-    rope_theta: float = 10000.0
+    embed_scale: float = 1.0        # of the token embeddings
+    attention_scale: float = 0.0    # of q k^T; 1 / sqrt(head_dim)
+    residual_scale: float = 1.0     # of what attention and FFN add
+    logit_scale: float = 1.0
 
     def __post_init__(self):
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "d_ffn", "d_head"):
@@ -71,12 +97,18 @@ class GPTConfig:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        unknown = set(self.bias.split()) - set(PARTS_WITH_BIAS)
+        if unknown:
+            raise ValueError(f"bias names {' '.join(sorted(unknown))}; it can name {' '.join(PARTS_WITH_BIAS)}")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.kv_heads}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.position == "rope" and self.d_head % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.d_head}")
+        rotated = self.rope.dim or self.d_head
+        if self.position == "rope" and rotated + rotated % 2 > self.d_head:
+            raise ValueError(f"rotary positions need pairs: {rotated} numbers of a head of {self.d_head} have none")
+        if self.windows and (len(self.windows) != self.n_layer or min(self.windows) < 0):
+            raise ValueError(f"windows is {self.windows}; it must name one, or 0, for each of {self.n_layer} layers")
 
     @property
     def d_head(self):
@@ -93,26 +125,18 @@ class GPTConfig:
         """Width of the FFN's inside."""
         return self.n_ffn or 4 * self.n_embd
 
+    def has_bias(self, part):
+        """Whether a part, one of PARTS_WITH_BIAS, has a bias."""
+        return part in self.bias.split()
 
-_opt = GPTConfig(vocab_size=50272, block_size=2048, n_layer=24, n_head=32, n_embd=2048, position_offset=2,
-                 activation="relu")
-_llama = GPTConfig(vocab_size=32000, block_size=2048, n_layer=32, n_head=32, n_embd=4096, n_ffn=11008, position="rope",
-                   norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias=False, tied=False)
-_bert = GPTConfig(vocab_size=30522, block_size=512, activation="gelu", norm_eps=1e-12)     # the shape alone: BERT is post-LN
-PRESETS = {
-    "gpt2": GPTConfig(),
-    "gpt2-medium": GPTConfig(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": GPTConfig(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": GPTConfig(n_layer=48, n_head=25, n_embd=1600),
-    "opt-1.3b": _opt,
-    "tinyllama-1.1b": replace(_llama, n_layer=22, n_embd=2048, n_kv_head=4, n_ffn=5632, norm_eps=1e-5),
-    "llama-7b": _llama,
-    "llama-13b": replace(_llama, n_layer=40, n_head=40, n_embd=5120, n_ffn=13824),
-    "llama-33b": replace(_llama, n_layer=60, n_head=52, n_embd=6656, n_ffn=17920),
-    "llama-65b": replace(_llama, n_layer=80, n_head=64, n_kv_head=64, n_embd=8192, n_ffn=22016, norm_eps=1e-5),
-    "bert-base": _bert,
-    "bert-large": replace(_bert, n_layer=24, n_head=16, n_embd=1024),
-}
+
+def preset(fields):
+    """The GPTConfig of plain fields, where rope and local_rope are dicts of Rope's."""
+    ropes = {name: Rope(**fields[name]) for name in ("rope", "local_rope") if name in fields}
+    return GPTConfig(**fields | ropes)
+
+
+PRESETS = {name: preset(fields) for name, fields in presets.PRESETS.items()}
 
 # -----------------------------------------------------------------------------
 # parts
@@ -127,21 +151,32 @@ class Linear(nn.Linear):
 
 
 class Norm(nn.Module):
-    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019); statistics in float32."""
+    """
+    LayerNorm (Ba et al. 2016) or RMSNorm (Zhang and Sennrich 2019) over the last dimension; statistics in
+    float32. A weight of two dimensions holds one for each head of x (B, heads, T, head_dim).
+    """
 
-    def __init__(self, config):
+    def __init__(self, config, *shape, bias):
         super().__init__()
-        self.kind, self.eps = config.norm, config.norm_eps
-        has_bias = config.bias and config.norm == "layer"
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if has_bias else None
+        self.kind, self.eps, self.offset = config.norm, config.norm_eps, config.norm_offset
+        self.weight = nn.Parameter(torch.full(shape, 1 - self.offset))
+        self.bias = nn.Parameter(torch.zeros(shape)) if bias and config.norm == "layer" else None
 
     def forward(self, x):
-        weight = self.weight.to(x.dtype)
+        weight = self.weight
+        # A weight of which 1 is left out is small, and adding 1 in the type of x would round it away.
+        weight = weight.to(accurate(x.dtype)) + self.offset if self.offset else weight.to(x.dtype)
+        if weight.dim() == 2:
+            return self.normed(x, weight.new_ones(x.size(-1))) * weight.unsqueeze(1)
+        return self.normed(x, weight)
+
+    def normed(self, x, weight):
+        """x with statistics and a weight (width,) applied."""
         if self.kind == "layer":
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
-        if device_type(x) == "cpu" or simulating():      # A GPU's fused kernel keeps what RMSNorm keeps.
+        # A GPU's fused kernel keeps what RMSNorm keeps, but takes only a weight of the type of x.
+        if device_type(x) == "cpu" or simulating() or weight.dtype != x.dtype:
             return RMSNorm.apply(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
@@ -149,9 +184,11 @@ class Norm(nn.Module):
 class Embed(nn.Module):
     """Tokens and positions to vectors."""
 
-    def __init__(self, config):
+    def __init__(self, config, dtype):
+        """dtype: of the computation, to which the scale is rounded."""
         super().__init__()
         self.tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.scale = round_to(config.embed_scale, dtype)
         self.offset = config.position_offset
         rows = config.block_size + self.offset
         self.positions = nn.Embedding(rows, config.n_embd) if config.position == "learned" else None
@@ -163,56 +200,79 @@ class Embed(nn.Module):
         Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where
         past is 0.
         """
-        x = self.tokens(tokens)
+        return self.at(self.tokens(tokens), pos), pos
+
+    def at(self, x, pos):
+        """Vectors (.., n_embd) as they enter the first block when they stand at positions pos."""
+        x = scaled(x, self.scale)
         if self.positions is not None:
             x = x + self.positions(pos.clamp(min=0) + self.offset)
-        return x, pos
+        return x
 
 
-def rotate(x, rope):
-    """
-    Rotary positions (Su et al. 2021, eq. 34), the halves paired as in Llama. x: (B, heads, T, head_dim).
-    """
-    cos, sin = rope
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+def round_to(number, dtype):
+    """A number as a type of floating point has it."""
+    return torch.tensor(number, dtype=dtype, device="cpu").item()
+
+
+def scaled(x, scale):
+    """x times a number, without work where that is 1."""
+    return x if scale == 1 else x * scale
 
 
 class Attention(nn.Module):
-    """Causal self-attention with n_kv_head shared keys and values."""
+    """Causal self-attention with n_kv_head shared keys and values. layer: its index."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
         self.head_dim = config.d_head
+        self.window = config.windows[layer] if config.windows else 0
+        self.positions = self.kind_of_positions(config, layer)
+        self.scale = config.attention_scale * math.sqrt(config.d_head) or 1.0     # beside attend's own
         queries, keys = config.n_head * config.d_head, config.kv_heads * config.d_head
-        self.q = Linear(config.n_embd, queries, bias=config.bias)
-        self.k = Linear(config.n_embd, keys, bias=config.bias)
-        self.v = Linear(config.n_embd, keys, bias=config.bias)
-        self.out = Linear(queries, config.n_embd, bias=config.bias)
+        self.q = Linear(config.n_embd, queries, bias=config.has_bias("q"))
+        self.k = Linear(config.n_embd, keys, bias=config.has_bias("k"))
+        self.v = Linear(config.n_embd, keys, bias=config.has_bias("v"))
+        self.out = Linear(queries, config.n_embd, bias=config.has_bias("out"))
+        self.by_width = config.qk_norm == "width"
+        self.q_norm = self.k_norm = None
+        if config.qk_norm != "none":
+            shapes = {"head": [(self.head_dim,)] * 2, "width": [(queries,), (keys,)],
+                      "heads": [(config.n_head, self.head_dim), (config.kv_heads, self.head_dim)]}
+            self.q_norm, self.k_norm = (Norm(config, *shape, bias=False) for shape in shapes[config.qk_norm])
 
-    def heads(self, x):
-        """(B, T, heads * head_dim) -> (B, heads, T, head_dim)"""
-        return x.view(x.size(0), x.size(1), -1, self.head_dim).transpose(1, 2)
+    def kind_of_positions(self, config, layer):
+        """Which of the model's rotary positions this layer has: "rope", "local_rope" or "none"."""
+        if config.position != "rope" or layer in config.unrotated:
+            return "none"
+        return "local_rope" if self.window and config.local_rope else "rope"
+
+    def heads(self, x, norm=None):
+        """(B, T, heads * head_dim) -> (B, heads, T, head_dim), through a norm where there is one."""
+        if norm is not None and self.by_width:
+            x = norm(x)
+        x = x.view(x.size(0), x.size(1), -1, self.head_dim).transpose(1, 2)
+        return x if norm is None or self.by_width else norm(x)
 
     def project(self, x, rope):
         """x (B, T, n_embd) -> q, k, v as (B, heads, T, head_dim), positions applied."""
-        q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+        q, k, v = self.heads(self.q(x), self.q_norm), self.heads(self.k(x), self.k_norm), self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return q, k, v
+        return scaled(q, self.scale), k, v
 
     def attend(self, q, k, v, mask):
         """
         softmax(q k^T / sqrt(head_dim)) v.
 
-        mask: bool (B or 1, 1, T, S), True where seen; None for causal, where the first S - T keys are seen
-        by all.
+        mask: bool (B or 1, 1, T, S), True where seen; None for causal within the window, where the first
+        S - T keys are seen by all.
         """
         T, S = q.size(2), k.size(2)
         if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
-            return CausalAttention.apply(q, k, v)
-        if mask is None and S > T:
-            mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+            return CausalAttention.apply(q, k, v, self.window)
+        if mask is None and (S > T or 0 < self.window < T):
+            mask = causal_mask(T, S, self.window, q.device)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
 
@@ -224,15 +284,25 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))            # (B, heads, T, d) -> (B, T, heads * d)
 
 
+def causal_mask(T, S, window, device):
+    """Who sees whom, bool (T, S): the first S - T keys are seen by all. window: 0 for none."""
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if not window:
+        return mask
+    query = torch.arange(T, device=device).unsqueeze(1)
+    return mask & ~beyond(window, query, torch.arange(T - S, T, device=device))
+
+
 class FFN(nn.Module):
     """down(act(up(x))), or gated as in Shazeer 2020: down(act(gate(x)) * up(x))."""
 
     def __init__(self, config):
         super().__init__()
+        d, width = config.n_embd, config.d_ffn
         self.act = ACTIVATIONS[config.activation]
-        self.gate = Linear(config.n_embd, config.d_ffn, bias=config.bias) if config.gated else None
-        self.up = Linear(config.n_embd, config.d_ffn, bias=config.bias)
-        self.down = Linear(config.d_ffn, config.n_embd, bias=config.bias)
+        self.gate = Linear(d, width, bias=config.has_bias("gate")) if config.gated else None
+        self.up = Linear(d, width, bias=config.has_bias("up"))
+        self.down = Linear(width, d, bias=config.has_bias("down"))
 
     def forward(self, x):
         if self.gate is None:
@@ -241,65 +311,30 @@ class FFN(nn.Module):
 
 
 class Block(nn.Module):
-    """
-    The slides' transformer block, with the LayerNorms before the parts (pre-LN) as GPT-2, OPT and Llama
-    have them.
-    """
+    """The slides' transformer block; the norms stand before the parts, after them, or both."""
 
-    def __init__(self, config):
+    def __init__(self, config, layer):
         super().__init__()
-        self.norm1, self.attn = Norm(config), Attention(config)
-        self.norm2, self.ffn = Norm(config), FFN(config)
+        def norm(place):
+            there = config.norm_place in (place, "both")
+            return Norm(config, config.n_embd, bias=config.has_bias("norm")) if there else nn.Identity()
+
+        self.parallel, self.residual_scale = config.parallel, config.residual_scale
+        self.norm1, self.attn, self.after1 = norm("before"), Attention(config, layer), norm("after")
+        self.norm2 = self.norm1 if config.shared_norm else norm("before")
+        self.ffn, self.after2 = FFN(config), norm("after")
+
+    def attention(self, x, rope, mask, cache):
+        """What the attention adds to x."""
+        return scaled(self.after1(self.attn(self.norm1(x), rope, mask, cache)), self.residual_scale)
+
+    def feed_forward(self, x):
+        """What the FFN adds."""
+        return scaled(self.after2(self.ffn(self.norm2(x))), self.residual_scale)
 
     def forward(self, x, rope=None, mask=None, cache=None):
-        x = x + self.attn(self.norm1(x), rope, mask, cache)
-        return x + self.ffn(self.norm2(x))
-
-
-# -----------------------------------------------------------------------------
-# the key-value cache
-
-
-class LayerCache:
-    """Keys and values of one layer, (B, n_kv_head, size, head_dim), filled from the left."""
-
-    def __init__(self, size):
-        self.size, self.length, self.k, self.v = size, 0, None, None
-
-    def append(self, k, v):
-        """Adds (B, heads, T, head_dim) and returns all keys and values so far."""
-        if self.k is None:
-            B, heads, _, head_dim = k.shape
-            self.k = k.new_empty(B, heads, self.size, head_dim)
-            self.v = v.new_empty(B, heads, self.size, head_dim)
-        start, end = self.length, self.length + k.size(2)
-        self.k[:, :, start:end] = k
-        self.v[:, :, start:end] = v
-        self.length = end
-        return self.k[:, :, :end], self.v[:, :, :end]
-
-
-class Cache:
-    """One LayerCache a layer, and the position of every cached key (B, S), negative for padding."""
-
-    def __init__(self, n_layer, size):
-        self.layers = [LayerCache(size) for _ in range(n_layer)]
-        self.pos = None
-        self.seen = 0                                             # tokens so far
-        self.next = None                                          # position (B, 1) of the next token
-
-    def mask(self, pos):
-        """Adds the positions (B, T) of new tokens; returns who sees whom, bool (B, 1, T, S)."""
-        self.pos = pos if self.pos is None else torch.cat((self.pos, pos), 1)
-        key, query = self.pos[:, None, None, :], pos[:, None, :, None]
-        # Padding sees padding, because a query that sees nothing would be NaN.
-        return (key <= query) & (key >= 0) | (key == query)
-
-    def select(self, rows):
-        """Reorders the batch: row i becomes what row rows[i] was (beam search, finished rows)."""
-        self.pos, self.next = self.pos[rows], self.next[rows]
-        for layer in self.layers:
-            layer.k, layer.v = layer.k[rows], layer.v[rows]
+        y = x + self.attention(x, rope, mask, cache)
+        return y + self.feed_forward(x if self.parallel else y)
 
 
 # -----------------------------------------------------------------------------
@@ -320,45 +355,53 @@ class GPT(nn.Module):
         self.config, self.dtype, self.checkpointing = config, dtype, False
         self.reserved = 0                                        # positions that the tokens cannot have
         self.attached = None                                     # what peft.py has put on the model
+        self.origin = None                                       # the checkpoint that it was read from
         self.base_fingerprint = None                             # hash of the weights as they came
-        self.embed = Embed(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = Norm(config)
+        self.embed = Embed(config, dtype)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.norm = Norm(config, config.n_embd, bias=config.has_bias("norm"))
         self.head = Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tied:
             self.head.weight = self.embed.tokens.weight
-        if config.position == "rope":
-            cos, sin = self._rope_table()
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+        self.make_frequencies()
         self.reset()
+
+    def make_frequencies(self, device=None):
+        """Makes the frequencies of the rotary positions, buffers named after the configuration's fields."""
+        if self.config.position != "rope":
+            return
+        for name in ("rope", "local_rope"):
+            rope = getattr(self.config, name)
+            frequency = None if rope is None else frequencies(rope, self.config.d_head).to(device)
+            self.register_buffer(f"{name}_frequencies", frequency, persistent=False)
 
     def reset(self):
         """
-        GPT-2's initialization: normal of deviation 0.02, divided by sqrt(2 n_layer) where a part ends in a
-        residual.
+        Normal weights of deviation 0.02, divided by sqrt(2 n_layer) where a part ends in a residual
+        (Radford et al. 2019).
         """
         for name, p in self.named_parameters():
-            if p.dim() == 2:
+            if p.dim() == 2 and "norm" not in name:
                 ends_in_residual = name.endswith(("out.weight", "down.weight"))
                 shrink = math.sqrt(2 * self.config.n_layer) if ends_in_residual else 1
                 nn.init.normal_(p, std=0.02 / shrink)
 
-    def _rope_table(self):
-        d = self.config.d_head
-        frequency = 1.0 / self.config.rope_theta ** (torch.arange(0, d, 2).float() / d)
-        angle = torch.outer(torch.arange(self.config.block_size).float(), frequency)
-        return angle.cos(), angle.sin()
-
     def rope(self, pos):
         """
-        cos and sin for positions (T,) or (B, T): (1 or B, 1, T, head_dim / 2) in the type of the computation.
+        {kind of positions: (cos, sin)} for positions (T,) or (B, T): (1 or B, 1, T, rotated / 2) each, in the
+        type of the computation; None for layers without.
         """
-        if self.config.position != "rope":
-            return None
         pos = pos if pos.dim() == 2 else pos.unsqueeze(0)
-        pos = pos.clamp(min=0)
-        return self.cos[pos].unsqueeze(1).to(self.dtype), self.sin[pos].unsqueeze(1).to(self.dtype)
+        pos = pos.clamp(min=0).unsqueeze(-1)
+        ropes = {"none": None}
+        for name in dict.fromkeys(block.attn.positions for block in self.blocks):
+            if name == "none":
+                continue
+            frequency = self.get_buffer(f"{name}_frequencies")
+            angle = (pos.to(frequency.dtype) * frequency).unsqueeze(1)
+            magnitude = getattr(self.config, name).magnitude
+            ropes[name] = tuple(scaled(turn, magnitude).to(self.dtype) for turn in (angle.cos(), angle.sin()))
+        return ropes
 
     def hidden(self, tokens, cache=None, pos=None):
         """The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd)."""
@@ -373,15 +416,23 @@ class GPT(nn.Module):
             cache.seen = past + T
             cache.next = pos.expand(B, -1)[:, -1:] + 1
         x, pos = self.embed(tokens, pos, past)
-        mask = None if cache is None else cache.mask(pos.expand(B, -1))
-        x, rope = x.to(self.dtype), self.rope(pos)
+        x, ropes = x.to(self.dtype), self.rope(pos)
+        masks = self.masks(cache, pos.expand(B, -1))
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
+            rope, mask = ropes[block.attn.positions], masks.get(block.attn.window)
             if recompute:
                 x = checkpoint(block, x, rope, mask, None, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache.layers[i] if cache is not None else None)
-        return self.norm(x[:, -T:])
+        return scaled(self.norm(x[:, -T:]), self.config.logit_scale)
+
+    def masks(self, cache, pos):
+        """{window: mask} of new tokens at positions (B, T) over a cache, to which they are added; {} without one."""
+        if cache is None:
+            return {}
+        cache.add(pos)
+        return {window: cache.mask(pos, window) for window in {block.attn.window for block in self.blocks}}
 
     def forward(self, tokens, targets=None, label_smoothing=0.0):
         """
@@ -408,7 +459,8 @@ class GPT(nn.Module):
         """
         tokens, pos = pad_left(prompts, self.head.weight.device)
         stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
-        cache = Cache(self.config.n_layer, self.config.block_size)
+        room = tokens.size(1) + max_new_tokens + self.reserved
+        cache = Cache(self.config.n_layer, min(room, self.config.block_size))
         ended = torch.zeros(len(prompts), dtype=torch.bool)
         for _ in range(max_new_tokens):
             x = self.hidden(tokens, cache, pos)

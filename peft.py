@@ -350,13 +350,13 @@ class Adapter(nn.Module):
 
 
 def transformer_block_with_adapter(self, x, rope=None, mask=None, cache=None):
-    """The slide's block, with GPT's LayerNorms before the parts instead of after the sums. `self` is a Block."""
-    residual = x
-    x = self.attn(self.norm1(x), rope, mask, cache)
+    """The slide's block, but that `attention` and `feed_forward` have their norms within. `self` is a Block."""
+    residual = block_input = x
+    x = self.attention(x, rope, mask, cache)
     x = self.adapter1(x)
     x = x + residual
     residual = x
-    x = self.ffn(self.norm2(x))
+    x = self.feed_forward(block_input if self.parallel else x)
     x = self.adapter2(x)
     return x + residual
 
@@ -429,14 +429,16 @@ def prompt_tuning_attention(self, x, rope, mask, cache):
     s_k, s_v = self.prefix()
     s_k = s_k.to(x.dtype)
     s_v = s_v.to(x.dtype)
+    norm = None
     if self.prefix.before:
         s_k = self.k(s_k)                                        # s_k @ W_k
         s_v = self.v(s_v)
+        norm = self.k_norm                                       # which keys pass before they have positions
     q, k, v = self.project(x, rope)
     if cache is not None:
         k, v = cache.append(k, v)
     n = len(s_k)
-    s_k = self.heads(s_k[None]).expand(len(x), -1, -1, -1)     # (n, width) -> (B, heads, n, head_dim)
+    s_k = self.heads(s_k[None], norm).expand(len(x), -1, -1, -1)     # (n, width) -> (B, heads, n, head_dim)
     s_v = self.heads(s_v[None]).expand(len(x), -1, -1, -1)
     k = torch.cat((s_k, k), 2)
     v = torch.cat((s_v, v), 2)
@@ -496,10 +498,8 @@ class Prompt(nn.Module):
         x, pos = self.base(tokens, pos, past)
         if n == 0 or past:
             return x, pos
-        P = self.P.to(x.dtype)
         P_pos = self.shift + torch.arange(n, device=pos.device)
-        if self.base.positions is not None:
-            P = P + self.base.positions(P_pos + self.base.offset)
+        P = self.base.at(self.P.to(x.dtype), P_pos)
         x = torch.cat((P.expand(len(x), -1, -1), x), 1)           # (B, T, n_embd) -> (B, n + T, n_embd)
         P_pos = P_pos.expand(*pos.shape[:-1], -1)                 # (n,), or (B, n) where pos is (B, T)
         return x, torch.cat((P_pos, pos), -1)
@@ -543,9 +543,8 @@ def add_prompt(
 
 def add_bitfit(model):
     """BitFit (Ben Zaken et al. 2022)."""
-    config = model.config
-    params = [(n, p) for n, p in base_parameters(model) if "bias" in n]
-    check(params, f"bitfit: this base has no biases (norm {config.norm}, bias {config.bias}); another method trains it")
+    params = [(n, p) for n, p in base_parameters(model) if n.endswith("bias")]
+    check(params, "bitfit: this base has no biases; another method trains it")
     return unfreeze(model, "bitfit", params)
 
 

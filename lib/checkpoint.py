@@ -6,147 +6,39 @@ Hugging Face checkpoints in and out: a folder of config.json and tensors <-> a G
 
 A base is read strictly: every key of config.json is honoured, known to be harmless or refused; every tensor is used
 and every parameter is set, or the folder is refused with the names. Tensors are read, checked and stored one at a time.
-What differs between families is said in the table FAMILIES and nowhere else.
+What differs between families is said in lib/families.py and nowhere else.
 """
 
 import dataclasses
+import functools
+import math
 import re
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import quant
+from lib.families import ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, GPT2, LLAMA, OPT, ROPE_KEYS, Family
 from lib.files import (check, combine_hashes, found_in, located, read_json, read_tensors, sample_hash, some,
                        write_json, write_safetensors)
+from lib.keys import HARMLESS, OUT_OF_SCOPE
+from lib.rope import Rope
 from model import GPT, GPTConfig
-
-
-# -----------------------------------------------------------------------------
-# families
-
-
-@dataclass(frozen=True)
-class Family:
-    """How one family's checkpoints say what a GPTConfig and a GPT hold.
-
-    keys            key of config.json -> field of GPTConfig; where two keys name one field they must agree
-    fixed           field of GPTConfig -> its value in all models of the family
-    defaults        key -> its value where config.json lacks it; the other keys must be there
-    required        key -> the only value that is supported, and the meaning of its absence
-    modules         their module outside the blocks -> ours
-    block_modules   their module in a block -> ours, or several of ours that lie one on top of the other in theirs
-    """
-    name: str                     # model_type in config.json
-    architecture: str             # the class in transformers, for `architectures`
-    prefix: str                   # of every tensor but lm_head; the file of a base model may lack it
-    blocks: str                   # the name of the list of blocks
-    keys: dict
-    fixed: dict
-    defaults: dict
-    required: dict
-    modules: dict
-    block_modules: dict
-    transposed: bool = False      # whether the linear layers of the blocks hold their weights as (in, out)
-    adapters: bool = True         # whether hub.py exports adapters over such a base
-
-    def block(self, i):
-        """The beginning of the names in block i."""
-        return f"{self.prefix}{self.blocks}.{i}."
-
-    def linears(self):
-        """{their module: [our modules]} of a block's linear layers."""
-        modules = {theirs: ours.split() for theirs, ours in self.block_modules.items()}
-        return {theirs: ours for theirs, ours in modules.items() if last(ours[0]) in quant.LINEAR_LAYERS}
-
-
-def last(name):
-    """The last part of a dotted name."""
-    return name.rpartition(".")[2]
-
-
-KEYS = {"vocab_size": "vocab_size", "max_position_embeddings": "block_size", "num_hidden_layers": "n_layer",
-        "num_attention_heads": "n_head", "hidden_size": "n_embd", "tie_word_embeddings": "tied"}      # of all but GPT-2
-ATTENTION = {"self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v"}
-
-GPT2 = Family(
-    name="gpt2", architecture="GPT2LMHeadModel", prefix="transformer.", blocks="h", transposed=True,
-    keys={"vocab_size": "vocab_size", "n_positions": "block_size", "n_layer": "n_layer", "n_head": "n_head",
-          "n_embd": "n_embd", "n_inner": "n_ffn", "activation_function": "activation", "layer_norm_epsilon": "norm_eps",
-          "tie_word_embeddings": "tied"},
-    defaults={"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "n_inner": None},
-    fixed={},
-    required={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
-    modules={"wte": "embed.tokens", "wpe": "embed.positions", "ln_f": "norm"},
-    block_modules={"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attn.q attn.k attn.v", "attn.c_proj": "attn.out",
-                   "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"})
-OPT = Family(
-    name="opt", architecture="OPTForCausalLM", prefix="model.decoder.", blocks="layers", adapters=False,
-    keys=KEYS | {"ffn_dim": "n_ffn", "activation_function": "activation", "word_embed_proj_dim": "n_embd"},
-    fixed={"position_offset": 2},
-    defaults={"activation_function": "relu", "tie_word_embeddings": True},
-    required={"do_layer_norm_before": True, "_remove_final_layer_norm": False, "enable_bias": True,
-              "layer_norm_elementwise_affine": True},
-    modules={"embed_tokens": "embed.tokens", "embed_positions": "embed.positions", "final_layer_norm": "norm"},
-    block_modules=ATTENTION | {"self_attn.out_proj": "attn.out", "fc1": "ffn.up", "fc2": "ffn.down",
-                               "self_attn_layer_norm": "norm1", "final_layer_norm": "norm2"})
-LLAMA = Family(
-    name="llama", architecture="LlamaForCausalLM", prefix="model.", blocks="layers",
-    keys=KEYS | {"num_key_value_heads": "n_kv_head", "intermediate_size": "n_ffn", "head_dim": "head_dim",
-                 "hidden_act": "activation", "rms_norm_eps": "norm_eps", "rope_theta": "rope_theta"},
-    fixed={"position": "rope", "norm": "rms", "gated": True, "bias": False},
-    defaults={"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False,
-              "num_key_value_heads": None, "head_dim": None},
-    required={"attention_bias": False, "mlp_bias": False, "rope_scaling": None, "rope_interleaved": False},
-    modules={"embed_tokens": "embed.tokens", "norm": "norm"},
-    block_modules=ATTENTION | {"self_attn.o_proj": "attn.out", "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up",
-                               "mlp.down_proj": "ffn.down", "input_layernorm": "norm1",
-                               "post_attention_layernorm": "norm2"})
-
-# A family that differs from another in a few words is replace(LLAMA, name=.., fixed=LLAMA.fixed | {..}), with
-# replace from dataclasses.
-
-FAMILIES = {family.name: family for family in (GPT2, OPT, LLAMA)}
-
-ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu", "silu": "silu"}
-ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-
-# keys that change nothing in what the model computes without dropout, in the versions of transformers up to 5
-HARMLESS = set("""
-    _name_or_path architectures attn_pdrop embd_pdrop resid_pdrop dropout attention_dropout
-    activation_dropout layerdrop initializer_range model_type n_ctx bos_token_id eos_token_id pad_token_id
-    sep_token_id decoder_start_token_id unk_token_id torch_dtype dtype transformers_version use_cache
-    pretraining_tp prefix id2label label2id task_specific_params tokenizer_class summary_type
-    summary_use_proj summary_activation summary_first_dropout summary_proj_to_labels reorder_and_upcast_attn
-    init_std _attn_implementation_autoset return_dict max_length do_sample temperature top_k top_p num_beams
-    repetition_penalty length_penalty early_stopping no_repeat_ngram_size chunk_size_feed_forward
-    diversity_penalty encoder_no_repeat_ngram_size min_length num_beam_groups num_return_sequences typical_p
-    exponential_decay_length_penalty problem_type max_sequence_length
-""".split())
-
-# tensors in old checkpoints that this code computes
-BUFFERS = re.compile(r"\bh\.\d+\.attn\.(masked_)?bias$|\blayers\.\d+\.self_attn\.rotary_emb\.inv_freq$")
 
 TYPES = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
 DERIVED = {"n_kv_head": "kv_heads", "n_ffn": "d_ffn", "head_dim": "d_head"}      # field that may be 0 -> what it then is
 
 
-def family_of(config):
-    """The first Family whose config.json can say all of a GPTConfig. ValueError where there is none."""
-    values = dataclasses.asdict(config)
-    if config.kv_heads == config.n_head:
-        values["n_kv_head"] = 0
-    if config.d_head * config.n_head == config.n_embd:
-        values["head_dim"] = 0
-    for family in FAMILIES.values():
-        expected = DEFAULTS | family.fixed
-        unsaid = expected.keys() - family.keys.values()
-        if all(values[name] == expected[name] for name in unsaid):
-            return family
-    raise ValueError(f"this architecture is none of {', '.join(FAMILIES)}")
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: its family, its architecture, and what its config.json says."""
+    family: Family
+    config: GPTConfig
+    content: dict = field(compare=False)
+    wrapped: bool = False         # whether it is the text part of a model of several parts
 
 
 # -----------------------------------------------------------------------------
@@ -155,65 +47,308 @@ def family_of(config):
 
 def read_config(folder):
     """config.json of a checkpoint -> GPTConfig. ValueError for a key that would change the computation unseen."""
+    return read_origin(folder).config
+
+
+def read_origin(folder):
+    """config.json of a checkpoint -> Origin."""
     path = Path(folder, "config.json")
     check(path.is_file(), f"{folder}: no model there, it has no config.json (it has {found_in(folder)})")
     content = read_json(path)
     with located(path):
-        return parse_config(content)
+        return parse_origin(content)
 
 
 def parse_config(content):
     """The content of a config.json -> GPTConfig."""
+    return parse_origin(content).config
+
+
+def parse_origin(content):
+    """The content of a config.json -> Origin."""
+    refuse_quantized(content)
+    wrapped = isinstance(content.get("text_config"), dict)
+    if wrapped:
+        content = {"model_type": f"{content.get('model_type')}_text"} | content["text_config"]
     kind = content.get("model_type")
+    reason = OUT_OF_SCOPE.get(kind) if isinstance(kind, str) else None
+    check(not reason, f"model_type is {kind!r}: {reason}, which this code does not have")
     check(kind in list(FAMILIES), f"model_type is {kind!r}; it must be one of {', '.join(FAMILIES)}")
-    family, rest = FAMILIES[kind], plain_rope(content)
-    fields = dict(family.fixed)
-    for key, name in family.keys.items():
-        check(key in rest or key in family.defaults or name in fields, f"{key} is missing")
-        value = rest.pop(key, family.defaults.get(key, fields.get(name)))
-        value = parse_value(key, name, value)
-        agreed = fields.setdefault(name, value)
-        check(value == agreed, f"{key} is {value!r}; only {agreed!r} is supported")
+    family = FAMILIES[kind]
+    rest = family.defaults | content
+    fields = plain_fields(family, rest)
+    config = GPTConfig(**fields)
+    fields |= biases(family, rest) | switches(family, rest) | positions(family, rest, config)
     for key, wanted in family.required.items():
         value = rest.pop(key, wanted)
         check(value == wanted, f"{key} is {value!r}; only {wanted!r} is supported")
-    for key, value in rest.items():
-        harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
-        check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
-    return GPTConfig(**fields)
+    refuse_unknown(rest)
+    return Origin(family, GPTConfig(**fields), content, wrapped)
 
 
-def plain_rope(content):
-    """config.json with rope_theta, as transformers 4 wrote it, in place of the rope_parameters of transformers 5."""
-    content = dict(content)
-    rope = content.pop("rope_parameters", None) or {}
-    plain = isinstance(rope, dict) and rope.get("rope_type", "default") == "default"
-    check(plain and rope.keys() <= {"rope_type", "rope_theta"},
-          f"rope_parameters {rope} are not supported, only rope_type default is")
-    if "rope_theta" in rope:
-        content.setdefault("rope_theta", rope["rope_theta"])
-    return content
+def refuse_quantized(content):
+    """ValueError where the checkpoint's weights are stored in a form of quantization of others."""
+    found = content.get("quantization_config") or {}
+    method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
+    check(not found, f"the checkpoint is quantized already ({method}); take the unquantized one, and --quant stores it in few bits")
 
 
-def parse_value(key, name, value):
-    """The value of a key as GPTConfig's field of that name holds it."""
+def plain_fields(family, rest):
+    """The fields of GPTConfig that a key of config.json says; such keys are taken out of rest."""
+    fields = dict(family.fixed)
+    for key, name in family.keys.items():
+        check(key in rest, f"{key} is missing")
+        value = parse_value(family, key, name, rest.pop(key))
+        if value is None:
+            continue
+        agreed = fields.setdefault(name, value)
+        check(value == agreed, f"{key} is {value!r}; only {agreed!r} is supported")
+    if family.scaled_embedding:
+        fields["embed_scale"] = math.sqrt(fields["n_embd"])
+    return fields
+
+
+def parse_value(family, key, name, value):
+    """The value of a key as GPTConfig's field of that name holds it, or None where it says nothing."""
     if value is None and name in DERIVED:
         return 0
     if name == "activation":
-        check(value in list(ACTIVATIONS), f"{key} is {value!r}; it must be one of {', '.join(ACTIVATIONS)}")
-        return ACTIVATIONS[value]
+        known = ACTIVATIONS | family.activations
+        check(value is None or value in list(known), f"{key} is {value!r}; it must be one of {', '.join(known)}")
+        return known.get(value)
     kinds = (int, float) if TYPES[name] is float else (TYPES[name],)
     check(type(value) in kinds, f"{key} is {value!r}; it must be {TYPES[name].__name__}")
-    return value
+    if key not in CONVERSIONS:
+        return value
+    check(value > 0, f"{key} is {value!r}; it must be positive")
+    return CONVERSIONS[key](value)
 
 
-def config_json(config):
+def truth(rest, key):
+    """The value of a key that must be true, false or absent; it is taken out of rest."""
+    value = rest.pop(key, None)
+    check(value in (True, False, None), f"{key} is {value!r}; it must be true or false")
+    return bool(value)
+
+
+def biases(family, rest):
+    """The field `bias`: the parts that have one by the family and by its keys."""
+    parts = family.fixed.get("bias", DEFAULTS["bias"]).split()
+    for key, more in family.biases.items():
+        if truth(rest, key):
+            parts += more.split()
+    return {"bias": " ".join(dict.fromkeys(parts))}
+
+
+def switches(family, rest):
+    """The fields that keys of truth turn on."""
+    fields = {}
+    for key, changes in family.switches.items():
+        if truth(rest, key):
+            fields |= changes
+    return fields
+
+
+def refuse_unknown(rest):
+    """ValueError for the first of the keys that nothing has read and that is not known to change nothing."""
+    for key, value in rest.items():
+        harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
+        check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
+
+
+# -----------------------------------------------------------------------------
+# config.json: what differs by layer, and rotary positions
+
+
+def positions(family, rest, config):
+    """The fields windows, unrotated, rope and local_rope, and the context where it has to be shorter."""
+    n_layer = config.n_layer
+    unrotated = unrotated_layers(rest, n_layer)
+    windows = windows_of_layers(family, rest, n_layer, unrotated)
+    fields = {"windows": windows if any(windows) else (), "unrotated": unrotated}
+    if config.position != "rope":
+        return fields
+    rope, local, context = parse_ropes(family, rest, config)
+    if not any(windows) or local == rope:
+        local = None
+    return fields | {"rope": rope, "local_rope": local, "block_size": context}
+
+
+def unrotated_layers(rest, n_layer):
+    """Indices of the layers without rotary positions."""
+    interval = rest.pop("no_rope_layer_interval", None)
+    rotated = rest.pop("no_rope_layers", None)           # for each layer 1 where it has them, whatever the name says
+    if rotated:
+        check(isinstance(rotated, list) and len(rotated) == n_layer, f"no_rope_layers is {rotated!r}; it must hold 0 or 1 for each of {n_layer} layers")
+        return tuple(i for i, has in enumerate(rotated) if not has)
+    if not interval:
+        return ()
+    check(type(interval) is int and interval > 0, f"no_rope_layer_interval is {interval!r}; it must be a positive number of layers")
+    return tuple(range(interval - 1, n_layer, interval))
+
+
+def windows_of_layers(family, rest, n_layer, unrotated):
+    """For each layer how many tokens one sees in it, 0 where all."""
+    window = rest.pop("sliding_window", None) or 0
+    pattern = rest.pop("sliding_window_pattern", None) or rest.pop("_sliding_window_pattern", None) or family.windows
+    late = rest.pop("max_window_layers", 0)
+    types = rest.pop("layer_types", None)
+    has_switch = family.windows in ("late", "unrotated")
+    if has_switch and not truth(rest, "use_sliding_window"):
+        window = 0
+    check(type(window) is int and window >= 0, f"sliding_window is {window!r}; it must be a number of tokens")
+    check(not window or family.windows != "none", f"sliding_window is {window}, which {family.name} does not have")
+    layers = {"none": (), "all": range(n_layer), "given": range(n_layer), "late": range(late, n_layer), "unrotated": unrotated}
+    if family.windows in layers:
+        local_layers = layers[family.windows]
+    else:
+        local_layers = [i for i in range(n_layer) if (i + 1) % pattern]
+    local = [bool(window and i in local_layers) for i in range(n_layer)]
+    if types is not None:
+        kinds = {"full_attention": False, "sliding_attention": True}
+        known = isinstance(types, list) and all(kind in list(kinds) for kind in types)
+        check(known and len(types) == n_layer, f"layer_types must name {' or '.join(kinds)} for each of {n_layer} layers, it is {types}")
+        said = [kinds[kind] for kind in types]
+        check(window or not any(said), "layer_types names sliding_attention, but no sliding_window is in force")
+        fits = said == local or family.windows not in ("none", "all")
+        check(fits, f"layer_types is {types}, which {family.name} does not follow")
+        local = said
+    return tuple(window if is_local else 0 for is_local in local)
+
+
+def parse_ropes(family, rest, config):
+    """(Rope, the Rope of the layers with a window, the context up to which they are exact)."""
+    for theirs, ours in ROPE_KEYS.items():
+        if theirs in rest:
+            value = rest.pop(theirs)
+            rest[ours] = rest[ours] if rest.get(ours, family.defaults.get(ours)) != family.defaults.get(ours) else value
+            check(rest[ours] == value, f"{theirs} is {value!r}, but {ours} is {rest[ours]!r}")
+    new, old = rest.pop("rope_parameters", None) or {}, rest.pop("rope_scaling", None) or {}
+    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
+        check(isinstance(value, dict), f"{name} is {value!r}; it must be an object")
+    general = {key: rest.pop(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+               if key in rest}
+    local_theta = rest.pop("rope_local_base_freq", family.local_theta)
+    by_layer = {"full_attention", "sliding_attention"} & new.keys()
+    full = new.get("full_attention") or {} if by_layer else new
+    for key, value in old.items():
+        check(key not in full or full[key] == value, f"rope_scaling and rope_parameters contradict each other: {key} is {value!r} and {full.get(key)!r}")
+    for key in general.keys() & full.keys():
+        said = general[key] == full[key] or general[key] == family.defaults.get(key)
+        check(said, f"{key} is {general[key]!r}, but rope_parameters says {full[key]!r}")
+    rope, context = parse_rope(general | old | full, config)
+    if by_layer:
+        local, _ = parse_rope({"rope_theta": general.get("rope_theta")} | (new.get("sliding_attention") or {}), config)
+    elif local_theta is None:
+        local = rope
+    else:
+        theta = rope.theta if local_theta == "same" else local_theta
+        local = Rope(theta=float(theta), dim=rope.dim)
+    return rope, local, context
+
+
+# kind of rotary scaling -> its keys, beside those of all
+ROPE_KINDS = {
+    "default": (), "dynamic": ("factor",), "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate",
+             "llama_4_scaling_beta", "max_position_embeddings"),
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale")}
+ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+
+
+def parse_rope(said, config):
+    """(Rope, context) of what config.json says of rotary positions in one kind of layers."""
+    kind = said.get("rope_type", said.get("type")) or "default"
+    kind = "longrope" if kind == "su" or kind == "yarn" and "short_factor" in said else kind
+    check(kind in list(ROPE_KINDS), f"rotary scaling {kind!r} is not supported; {', '.join(ROPE_KINDS)} are")
+    unknown = {key for key, value in said.items() if value is not None} - ROPE_COMMON - {*ROPE_KINDS[kind]}
+    check(not unknown, f"rotary scaling {kind}: unknown {', '.join(sorted(unknown))}")
+    share = number(said, "partial_rotary_factor", 1.0)
+    check(0 < share <= 1, f"partial_rotary_factor is {share}; it must lie in (0, 1]")
+    dim = int(config.d_head * share)
+    rope = {"theta": number(said, "rope_theta"), "dim": 0 if dim == config.d_head else dim}
+    if kind in ("default", "dynamic"):       # a dynamic one changes nothing within the context
+        return Rope(**rope), config.block_size
+    original = int(number(said, "original_max_position_embeddings", config.block_size))
+    rope |= {"scaling": kind, "factor": number(said, "factor", config.block_size / original)}
+    if kind == "linear":
+        return Rope(**rope), config.block_size
+    rope["original"] = original
+    if kind == "llama3":
+        slow, fast = number(said, "low_freq_factor"), number(said, "high_freq_factor")
+        return Rope(**rope, slow=slow, fast=fast), config.block_size
+    magnitude = number(said, "attention_factor", default_magnitude(kind, said, rope["factor"], original))
+    if kind == "yarn":
+        rope |= {"slow": number(said, "beta_slow", 1.0), "fast": number(said, "beta_fast", 32.0),
+                 "truncate": said.get("truncate", True) is not False}
+        # Beyond the original context such a model also scales its queries by the position.
+        context = min(config.block_size, original) if said.get("llama_4_scaling_beta") else config.block_size
+        return Rope(**rope, magnitude=magnitude), context
+    factors = said.get("short_factor")
+    n_pairs = (dim + 1) // 2
+    whole = isinstance(factors, list) and len(factors) == n_pairs and all(type(f) in (int, float) for f in factors)
+    check(whole, f"short_factor must hold {n_pairs} numbers, one for each pair that is rotated")
+    # Beyond the original context other factors hold, for all positions, even those that were computed before.
+    context = config.block_size if said.get("long_factor") == factors else min(config.block_size, original)
+    return Rope(**rope, factors=tuple(map(float, factors)), magnitude=magnitude), context
+
+
+def number(said, key, default=None):
+    """A number that must be positive, float; the default, if there is one, where it is not said."""
+    value = said.get(key)
+    value = default if value is None else value
+    check(type(value) in (int, float) and 0 < value < math.inf, f"{key} is {value!r}; it must be a positive number")
+    return float(value)
+
+
+def default_magnitude(kind, said, factor, original):
+    """How much longer cos and sin become with the context: of yarn (Peng et al. 2023, eq. 22) or longrope."""
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+
+    def of_scale(mscale):
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    if said.get("mscale") and said.get("mscale_all_dim"):
+        return of_scale(said["mscale"]) / of_scale(said["mscale_all_dim"])
+    return of_scale(1.0)
+
+
+# -----------------------------------------------------------------------------
+# what a new model is written as
+
+
+def origin_of(model):
+    """The Origin that a model came with, or of the first family that can say all of a new one's configuration."""
+    return model.origin or new_origin(model.config)
+
+
+def new_origin(config):
+    """The Origin of a GPTConfig that was not read from a checkpoint. ValueError where no family can say it."""
+    values = dataclasses.asdict(config) | {"rope": config.rope, "local_rope": config.local_rope}
+    if config.kv_heads == config.n_head:
+        values["n_kv_head"] = 0
+    if config.d_head * config.n_head == config.n_embd:
+        values["head_dim"] = 0
+    for family in (GPT2, OPT, LLAMA):
+        expected = DEFAULTS | family.fixed | {"rope": Rope(theta=config.rope.theta)}
+        unsaid = expected.keys() - family.keys.values()
+        if all(values[name] == expected[name] for name in unsaid):
+            return Origin(family, config, config_json(family, config))
+    raise ValueError(f"this architecture is none of {GPT2.name}, {OPT.name}, {LLAMA.name}")
+
+
+def config_json(family, config):
     """GPTConfig -> the content of config.json."""
-    family = family_of(config)
     content = {"model_type": family.name, "architectures": [family.architecture]}
     for key, name in family.keys.items():
         value = getattr(config, DERIVED.get(name, name))
         content[key] = ACTIVATION_NAMES[value] if name == "activation" else value
+    if config.position == "rope":
+        content["rope_theta"] = config.rope.theta
     return content
 
 
@@ -221,29 +356,70 @@ def config_json(config):
 # names
 
 
-def layout(config):
-    """{their name: (our names, transposed)} of the tensors in a whole checkpoint of the config's family.
+def last(name):
+    """The last part of a dotted name."""
+    return name.rpartition(".")[2]
+
+
+def linear_modules(family):
+    """{their module: [our modules]} of a block's linear layers."""
+    modules = {theirs: ours.split() for theirs, ours in family.block_modules.items()}
+    return {theirs: ours for theirs, ours in modules.items() if last(ours[0]) in quant.LINEAR_LAYERS}
+
+
+@functools.cache
+def shapes_of(config):
+    """{our name: shape} of a whole model's parameters."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def layout(family, shapes):
+    """{their name: (our names, transposed)} of the tensors in a whole checkpoint. shapes: {our name: shape}.
 
     Several of ours lie one on top of the other in theirs; transposed: theirs is (in, out).
     """
-    family = family_of(config)
+    n_layer = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     modules = {family.prefix + theirs: [ours] for theirs, ours in family.modules.items()}
-    for i in range(config.n_layer):
+    for i in range(n_layer):
         for theirs, ours in family.block_modules.items():
             modules[family.block(i) + theirs] = [f"blocks.{i}.{name}" for name in ours.split()]
-    if not config.tied:
-        modules["lm_head"] = ["head"]
+    modules[family.head] = ["head"]
     names = {}
     for theirs, ours in modules.items():
-        linear = last(ours[0]) in quant.LINEAR_LAYERS
-        names[f"{theirs}.weight"] = [f"{name}.weight" for name in ours], linear and family.transposed
-        if config.bias and (linear or "norm" in ours[0]):
-            names[f"{theirs}.bias"] = [f"{name}.bias" for name in ours], False
+        for leaf in ("weight", "bias"):
+            there = [f"{name}.{leaf}" for name in ours]
+            if all(name in shapes for name in there):
+                is_matrix = leaf == "weight" and last(ours[0]) in quant.LINEAR_LAYERS
+                names[f"{theirs}.{leaf}"] = there, is_matrix and family.transposed
     return names
 
 
+def stack(family, config, parts):
+    """Rows of several layers -> as the family's module holds them: one after the other, or by head."""
+    if len(parts) > 1 and family.interleaved:
+        by_head = [part.unflatten(0, (config.n_head, -1)) for part in parts]
+        return torch.cat(by_head, 1).flatten(0, 1)
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def unstack(family, config, whole, rows):
+    """The inverse of stack: a tensor -> the parts that have so many rows each."""
+    if len(rows) > 1 and family.interleaved:
+        by_head = whole.unflatten(0, (config.n_head, -1))
+        return [part.flatten(0, 1) for part in by_head.split([n // config.n_head for n in rows], 1)]
+    return whole.split(rows)
+
+
 # -----------------------------------------------------------------------------
-# reading and writing
+# reading
+
+# tensors in old checkpoints that this code computes
+BUFFERS = re.compile(r"\b(h|layers)\.\d+\.(attn|attention)\.(masked_)?bias$|\brotary_emb\.inv_freq$|\bembed_scale$")
+WRAPPERS = ("module.", "_orig_mod.")      # what DistributedDataParallel and torch.compile put before names
+TEXT = ("model.language_model.", "language_model.model.", "language_model.")     # and models of several parts
+OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|audio_tower|embed_vision)\.")
+HEAD_NORM = re.compile(r"(.*layernorm)\.norms\.(\d+)\.weight")     # a norm that is a list of norms, one for each head
 
 
 def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
@@ -252,39 +428,71 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
     dtype: of the computation, and of all weights but those in storage. storage: a quant.Storage for the linear layers of
     the blocks, or None. ValueError names what is missing, not known or damaged.
     """
-    config = read_config(path)
+    origin = read_origin(path)
+    family, config = origin.family, origin.config
     with torch.device("meta"):
         model = GPT(config, dtype)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if storage:
         quant.store(model, storage, empty=True)
-    starts = "", family_of(config).prefix, "model."      # a base model's file lacks the prefix or its beginning
-    names, hashes, unknown, head = layout(config), {}, [], None
-    for theirs, tensor in read_tensors(path):
-        name = next((start + theirs for start in starts if start + theirs in names), None)
-        if theirs == "lm_head.weight" and config.tied:
+    names, hashes, unknown, head = layout(family, shapes), {}, [], None
+    for theirs, tensor in whole_norms(read_tensors(path), shapes):
+        name = known_name(theirs, names, origin)
+        if config.tied and theirs.endswith(f"{family.head}.weight"):
             head = tensor
         elif name:
             ours, transposed = names[name]
             tensor = tensor.T if transposed else tensor
             check_weight(tensor, stacked_shape([shapes[n] for n in ours]), theirs)
-            for our_name, part in zip(ours, tensor.split([shapes[n][0] for n in ours])):
+            for our_name, part in zip(ours, unstack(family, config, tensor, [shapes[n][0] for n in ours])):
                 hashes[our_name] = sample_hash(part)
                 set_parameter(model, our_name, part.contiguous().to(device), dtype, storage)
-        elif not BUFFERS.search(theirs):
+        elif not BUFFERS.search(theirs) and not (origin.wrapped and OTHER_PARTS.match(theirs)):
             unknown.append(theirs)
     missing = [name for name, (ours, _) in names.items() if not hashes.keys() >= set(ours)]
+    refuse_incomplete(path, missing, unknown)
+    same = head is None or torch.equal(head.to(dtype), model.embed.tokens.weight.cpu())
+    check(same, f"{path}: tie_word_embeddings is true, but {family.head}.weight differs from the embedding")
+    if config.tied:
+        model.head.weight = model.embed.tokens.weight
+    model.make_frequencies(device)
+    model.base_fingerprint = combine_hashes(hashes)
+    model.origin = origin
+    return model.requires_grad_(False)
+
+
+def known_name(theirs, names, origin):
+    """The name of a whole checkpoint's layout that a file's tensor has, or None."""
+    starts = "", origin.family.prefix, "model."          # a base model's file lacks the prefix or its beginning
+    if origin.wrapped:
+        theirs = next((theirs.removeprefix(text) for text in TEXT if theirs.startswith(text)), theirs)
+    return next((start + theirs for start in starts if start + theirs in names), None)
+
+
+def whole_norms(tensors, shapes):
+    """(name, tensor) pairs, where norms that lie in the file one for each head have become one tensor (heads, width)."""
+    heads = {}
+    for theirs, tensor in tensors:
+        match = HEAD_NORM.fullmatch(theirs)
+        if not match:
+            yield theirs, tensor
+            continue
+        found = heads.setdefault(match[1], {})
+        found[int(match[2])] = tensor
+        norm = "k_norm" if match[1].endswith("k_layernorm") else "q_norm"
+        n_heads = next((shape[0] for name, shape in shapes.items() if name.endswith(f"{norm}.weight")), 0)
+        if len(found) == n_heads:
+            yield f"{match[1]}.weight", torch.stack([found[i] for i in sorted(found)])
+
+
+def refuse_incomplete(path, missing, unknown):
+    """ValueError where tensors are missing or not known."""
+    for start in WRAPPERS:
+        wrapped = unknown and all(name.startswith(start) for name in unknown)
+        check(not wrapped, f"{path}: the tensors' names begin with {start}, because a wrapped model was saved; save the model within it")
     lists = {"missing": missing, "not known": unknown}
     problems = [f"{len(found)} tensors {what}: {some(found)}" for what, found in lists.items() if found]
     check(not problems, f"{path}: {'; '.join(problems)}")
-    same = head is None or torch.equal(head.to(dtype), model.embed.tokens.weight.cpu())
-    check(same, f"{path}: tie_word_embeddings is true, but lm_head.weight differs from the embedding")
-    if config.tied:
-        model.head.weight = model.embed.tokens.weight
-    if config.position == "rope":
-        model.cos, model.sin = (table.to(device) for table in model._rope_table())
-    model.base_fingerprint = combine_hashes(hashes)
-    return model.requires_grad_(False)
 
 
 def stacked_shape(shapes):
@@ -310,30 +518,43 @@ def set_parameter(model, name, value, dtype, storage):
         setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
 
 
+# -----------------------------------------------------------------------------
+# writing
+
+
 def save_base(model, folder, extra=None):
     """Writes a model without methods (or merged) as a checkpoint for transformers: config.json and model.safetensors.
 
-    The type is the embedding's. extra: more keys for config.json.
+    The type is the embedding's. extra: more keys for config.json, which is otherwise the one that the model came with.
     """
-    folder, config = Path(folder), model.config
+    folder, origin = Path(folder), origin_of(model)
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(model.named_parameters())
     for name, module in model.named_modules():
         if isinstance(module, quant.QuantLinear):
             weights[f"{name}.weight"] = module.weight_q
+    shapes = {name: weight.shape for name, weight in weights.items()}
     dtype, tensors = model.head.weight.dtype, {}
-    for name, (ours, transposed) in layout(config).items():
+    for theirs, (ours, transposed) in layout(origin.family, shapes).items():
         parts = [weights[n] for n in ours]
+        if ours[0].endswith("_norm.weight") and parts[0].dim() == 2:
+            for i, row in enumerate(parts[0]):
+                name = f"{theirs.removesuffix('.weight')}.norms.{i}.weight"
+                tensors[name] = dtype, row.shape, functools.partial(row.to, dtype)
+            continue
         shape = stacked_shape([part.shape for part in parts])
         shape = shape[::-1] if transposed else shape
-        tensors[name] = dtype, shape, partial(stacked, parts, transposed, dtype)
+        tensors[theirs] = dtype, shape, functools.partial(stacked, origin, parts, transposed, dtype)
     write_safetensors(folder / "model.safetensors", tensors)
-    dtype_name = str(dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config_json(config) | {"torch_dtype": dtype_name} | (extra or {}))
+    key = "dtype" if "dtype" in origin.content else "torch_dtype"
+    content = origin.content | {key: str(dtype).removeprefix("torch.")} | (extra or {})
+    if origin.wrapped:                                   # The text part stands alone now.
+        content["architectures"] = [origin.family.architecture]
+    write_json(folder / "config.json", content)
 
 
-def stacked(parts, transposed, dtype):
-    """Tensors, quantized ones in dtype, one on top of the other as a checkpoint holds them."""
+def stacked(origin, parts, transposed, dtype):
+    """Tensors, quantized ones in dtype, as a checkpoint of that origin holds them in one."""
     dense = [part.dequantize(dtype) if isinstance(part, quant.QuantizedTensor) else part for part in parts]
-    whole = torch.cat(dense)
+    whole = stack(origin.family, origin.config, dense)
     return whole.T if transposed else whole

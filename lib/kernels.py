@@ -90,6 +90,8 @@ class RMSNorm(torch.autograd.Function):
     """
     y = w x r,  r = 1 / sqrt(mean(x^2) + eps),  dx = r (w g) - x r^3 mean(w g x),  dw = sum of g x r
 
+    A weight in a wider type than x's is multiplied in that type.
+
     On a CPU torch's rms_norm is put together from a dozen operations and keeps two float32 copies of x;
     this keeps x.
     """
@@ -99,7 +101,9 @@ class RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
         r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.save_for_backward(x, w, r)
-        return (x * r).to(x.dtype).mul_(w)
+        if w.dtype == x.dtype:
+            return (x * r).to(x.dtype).mul_(w)
+        return (x * r).mul_(w).to(x.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -133,15 +137,17 @@ class CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx, q, k, v, window=0):
         """
         q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim); the first S - T keys are seen by
-        all. Returns O like q.
+        all. window: how many of the other keys a query sees at most, its own included; 0 for all before it.
+        Returns O like q.
         """
         ctx.save_for_backward(q, k, v)
+        ctx.window = window
         y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         q, k, v = by_shared_keys(q, k, v)
-        for queries, keys, p, (_, _, v, o) in tiles(q, k, v, y.view(q.shape)):
+        for queries, keys, p, (_, _, v, o) in tiles(window, q, k, v, y.view(q.shape)):
             o[:, :, queries] = (p @ v[:, keys]).view_as(o[:, :, queries])
         return y
 
@@ -154,7 +160,7 @@ class CausalAttention(torch.autograd.Function):
         dq_all = torch.empty_like(q)
         dk_all = torch.zeros_like(k, dtype=accurate(k.dtype))
         dv_all = torch.zeros_like(v, dtype=accurate(v.dtype))
-        for queries, keys, p, heads in tiles(q, k, v, g.reshape(q.shape), dq_all, dk_all, dv_all):
+        for queries, keys, p, heads in tiles(ctx.window, q, k, v, g.reshape(q.shape), dq_all, dk_all, dv_all):
             q, k, v, do, dq, dk, dv = heads
             q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
             dv[:, keys] += p.mT @ do
@@ -162,7 +168,8 @@ class CausalAttention(torch.autograd.Function):
             dq[:, :, queries] = (ds @ k[:, keys]).mul_(scale).view_as(dq[:, :, queries])
             dk[:, keys] += ds.mT @ q
         dk_all.mul_(scale)
-        return tuple(d.to(t.dtype).view(t.shape) for d, t in zip((dq_all, dk_all, dv_all), saved))
+        gradients = (d.to(t.dtype).view(t.shape) for d, t in zip((dq_all, dk_all, dv_all), saved))
+        return *gradients, None
 
 
 def by_shared_keys(q, k, v):
@@ -176,15 +183,17 @@ def by_shared_keys(q, k, v):
     return q, k.reshape(B * n_kv_head, -1, d), v.reshape(B * n_kv_head, -1, d)
 
 
-def tiles(q, k, *others):
+def tiles(window, q, k, *others):
     """
     Yields (queries, keys, P, heads) for every tile of the attention.
 
-    q (n, G, T, d), k (n, S, d), others (n, ..). queries, keys: slices of T and S. P: softmax(S) of the
-    tile, (heads, G x queries, keys), in the type of q. heads: the tile's heads of q, k and the others.
+    q (n, G, T, d), k (n, S, d), others (n, ..); window as in CausalAttention. queries, keys: slices of T and
+    S. P: softmax(S) of the tile, (heads, G x queries, keys), in the type of q. heads: the tile's heads of q,
+    k and the others.
     """
     _, G, T, d = q.shape
     S = k.size(1)
+    before = S - T                                               # keys that are seen by all
     hidden = torch.full((QUERIES, QUERIES), -torch.inf, dtype=accurate(q.dtype), device=q.device).triu_(1)
     width = G * min(T, QUERIES) * S
     for heads in zip(*(cache_chunks(t, width) for t in (q, k, *others))):
@@ -192,11 +201,24 @@ def tiles(q, k, *others):
         k_heads = heads[1].to(hidden.dtype)
         for end in range(T, 0, -QUERIES):
             start = max(0, end - QUERIES)
-            queries, keys = slice(start, end), slice(S - T + end)
+            first = max(0, start + 1 - window) if window and not before else 0
+            queries, keys = slice(start, end), slice(first, before + end)
             scores = q_heads[:, :, queries].flatten(1, 2) @ k_heads[:, keys].mT
             n = end - start
-            scores.view(-1, G, n, scores.size(-1))[..., -n:] += hidden[:n, :n]
+            by_query = scores.view(-1, G, n, scores.size(-1))
+            by_query[..., -n:] += hidden[:n, :n]
+            if window and end - first > window:
+                query = torch.arange(start, end, device=q.device).unsqueeze(1)
+                by_query.masked_fill_(beyond(window, query, torch.arange(first - before, end, device=q.device)), -torch.inf)
             yield queries, keys, scores.softmax(-1).to(q.dtype), heads
+
+
+def beyond(window, query, key):
+    """
+    Whether keys lie before a query's window, bool (T, S). Positions: query (T, 1), key (S,). Negative keys
+    are seen by all.
+    """
+    return (query - key >= window) & (key >= 0)
 
 
 # -----------------------------------------------------------------------------

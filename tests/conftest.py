@@ -60,7 +60,7 @@ def peer(tmp_path_factory):
 FAMILIES = {
     "gpt2": dict(),
     "opt": dict(position_offset=2, activation="relu"),
-    "llama": dict(n_kv_head=2, n_ffn=40, position="rope", norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias=False, tied=False),
+    "llama": dict(n_kv_head=2, n_ffn=40, position="rope", norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias="", tied=False),
 }
 
 

@@ -256,10 +256,10 @@ torch.save({name: t.contiguous() for name, t in model.merge_and_unload().state_d
 def test_peft_merges_the_dora_that_we_write(peer, bases, tmp_path, family, names):
     base = checkpoint.load_base(bases[family])
     content, s = dora(base.config, names)
-    write_peft(tmp_path / "out", *hub.to_peft(content, base.config))
+    write_peft(tmp_path / "out", *hub.to_peft(content, base.origin))
     peer(PEFT_MERGED, bases[family], tmp_path / "out", tmp_path / "merged.pt", tmp_path / "again")
     merged, t = torch.load(tmp_path / "merged.pt", weights_only=True), content["tensors"]
-    for theirs, (ours, transposed) in checkpoint.layout(base.config).items():
+    for theirs, (ours, transposed) in checkpoint.layout(base.origin.family, checkpoint.shapes_of(base.config)).items():
         if ours[0].startswith("blocks.") and f"{ours[0].removesuffix('.weight')}.m" in t:
             for name, part in zip(ours, (merged[theirs].T if transposed else merged[theirs]).split([len(base.get_parameter(n)) for n in ours])):
                 layer = name.removesuffix(".weight")
@@ -273,10 +273,10 @@ def test_peft_merges_the_dora_that_we_write(peer, bases, tmp_path, family, names
 def test_dora_out_and_in_again(tmp_path, family, names):
     config = tiny(family)
     content, s = dora(config, names)
-    settings, tensors = hub.to_peft(content, config)
+    settings, tensors = hub.to_peft(content, checkpoint.new_origin(config))
     assert settings["use_dora"] and all(t.dim() == 1 for name, t in tensors.items() if name.endswith(".lora_magnitude_vector"))
     write_peft(tmp_path / "out", settings, tensors)
-    method, options, again = hub.from_peft(tmp_path / "out", config)
+    method, options, again = hub.from_peft(tmp_path / "out", checkpoint.new_origin(config))
     before = content["tensors"]
     assert method == "dora" and again.keys() == before.keys() and set(options["targets"].split(",")) == set(content["options"]["targets"].split(","))
     for name in before:
@@ -292,12 +292,12 @@ def test_dora_that_peft_has_no_place_for(tmp_path):
     config = tiny("gpt2")
     content, _ = dora(config, ["attn.q", "attn.v"])
     with pytest.raises(ValueError, match="train with --targets containing q,k,v"):
-        hub.to_peft(content, config)
+        hub.to_peft(content, checkpoint.new_origin(config))
     content, _ = dora(config, ["ffn.up"])
-    settings, tensors = hub.to_peft(content, config)
+    settings, tensors = hub.to_peft(content, checkpoint.new_origin(config))
     write_peft(tmp_path / "out", settings | {"use_dora": False}, tensors)
     with pytest.raises(ValueError, match="use_dora is False, but 2 magnitude vectors are there"):
-        hub.from_peft(tmp_path / "out", config)
+        hub.from_peft(tmp_path / "out", checkpoint.new_origin(config))
 
 
 # -----------------------------------------------------------------------------

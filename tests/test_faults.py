@@ -473,7 +473,7 @@ def read_quietly(read, path):
 FILES = {   # kind: file in the world, and what reads it
     "adapter": ("run/adapter.pt", peft.read_adapter), "state": ("run/state.pt", files.read_file), "config": ("run/config.toml", lambda p: Config(**read_toml(p))),
     "config.json": ("base/config.json", lambda p: checkpoint.read_config(p.parent)), "tokenizer": ("base/tokenizer.model", lambda p: data.Tokenizer.load(p)), "jsonl": ("data.jsonl", data.load),
-    "safetensors": ("base/model.safetensors", lambda p: list(files.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, checkpoint.read_config(p.parents[1] / "base")))}
+    "safetensors": ("base/model.safetensors", lambda p: list(files.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, checkpoint.read_origin(p.parents[1] / "base")))}
 
 
 def fuzz(here, kind, n, monkeypatch):

@@ -82,7 +82,7 @@ def test_round_trip(family, tmp_path):
     model = GPT(tiny(family))
     checkpoint.save_base(model, tmp_path)
     again = checkpoint.load_base(tmp_path)
-    assert checkpoint.config_json(again.config) == checkpoint.config_json(model.config)
+    assert checkpoint.new_origin(again.config).content == checkpoint.new_origin(model.config).content
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.base_fingerprint == peft.fingerprint(model)
     assert checkpoint.load_base(tmp_path, torch.bfloat16, quant.Storage("nf4", 32, True)).base_fingerprint == peft.fingerprint(model)
@@ -121,9 +121,9 @@ def test_memory_while_a_large_base_is_read(tmp_path):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     block = torch.randn(3072 * 1024) * 0.02
     tensors = {theirs: (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
-             for theirs, (ours, _) in checkpoint.layout(config).items()}
+             for theirs, (ours, _) in checkpoint.layout(checkpoint.new_origin(config).family, shapes).items()}
     files.write_safetensors(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.config_json(config)))
+    (tmp_path / "config.json").write_text(json.dumps(checkpoint.new_origin(config).content))
     assert (tmp_path / "model.safetensors").stat().st_size > 0.6e9
     done = subprocess.run([sys.executable, "-c", PEAK, ROOT, tmp_path], capture_output=True, text=True, check=True)
     before, peak, stored = map(int, done.stdout.split())

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 import model as model_file
 from lib import kernels
 from conftest import FAMILIES, saved_bytes, tiny
-from model import GPT, PRESETS, Cache, GPTConfig, cross_entropy, sample
+from model import GPT, PRESETS, Cache, GPTConfig, causal_mask, cross_entropy, sample
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -45,7 +45,7 @@ def written_out(model, tokens):
     def turn(x, t):
         out = x.clone()
         for i in range(d // 2):
-            angle = t / c.rope_theta ** (2 * i / d)
+            angle = t / c.rope.theta ** (2 * i / d)
             a, b = x[i], x[i + d // 2]
             out[i], out[i + d // 2] = a * math.cos(angle) - b * math.sin(angle), a * math.sin(angle) + b * math.cos(angle)
         return out
@@ -75,8 +75,8 @@ def written_out(model, tokens):
 def test_the_definition(family):
     model = build(family, torch.float64).double()
     tokens = [3, 1, 4, 1, 5, 9, 2]
-    if family == "llama":                                        # the tables of angles are float32
-        model.cos, model.sin = (t.double() for t in model._rope_table())
+    if family == "llama":                                        # the frequencies are float32
+        model.rope_frequencies = model.rope_frequencies.double()
         assert torch.allclose(model(torch.tensor([tokens]))[0][0], written_out(model, tokens), atol=1e-6)
     else:
         assert torch.allclose(model(torch.tensor([tokens]))[0][0], written_out(model, tokens), atol=1e-12)
@@ -111,16 +111,22 @@ def test_rms_norm():
 
 @pytest.mark.parametrize("B, H, K, T, S", [(2, 4, 4, 128, 128), (2, 6, 2, 300, 300), (1, 3, 1, 129, 150), (3, 2, 2, 1, 7), (2, 2, 1, 257, 257)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
-def test_attention_in_parts(B, H, K, T, S, dtype, bound, monkeypatch):
-    """Heads that share keys, parts of queries and of heads, keys before the queries' own: against the softmax written out in float64."""
+@pytest.mark.parametrize("window", [0, 1, 50, 128, 200])
+def test_attention_in_parts(B, H, K, T, S, dtype, bound, window, monkeypatch):
+    """Heads that share keys, parts of queries and of heads, keys before the queries' own, windows: against the softmax written out
+    in float64."""
     monkeypatch.setattr(kernels, "cache_chunks", lambda rows, width: rows.split(3))
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, t, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for t, h in ((T, H), (S, K), (S, K)))
     g = torch.randn(B, H, T, 8, dtype=dtype)
-    y = kernels.CausalAttention.apply(q, k, v)
+    y = kernels.CausalAttention.apply(q, k, v, window)
     double = [t.detach().double().requires_grad_() for t in (q, k, v)]
     Q, (K_, V_) = double[0], (t.repeat_interleave(H // K, 1) for t in double[1:])
-    seen = torch.arange(S) <= torch.arange(S - T, S).unsqueeze(1)
+    seen = torch.zeros(T, S, dtype=torch.bool)
+    for query in range(T):
+        first = max(0, query + 1 - window) if window else 0
+        seen[query, :S - T] = seen[query, S - T + first:S - T + query + 1] = True
+    assert torch.equal(causal_mask(T, S, window, "cpu"), seen)
     expected = (Q @ K_.mT / math.sqrt(8)).masked_fill(~seen, -math.inf).softmax(-1) @ V_
     for ours, theirs in zip((y, *torch.autograd.grad(y, (q, k, v), g)), (expected, *torch.autograd.grad(expected, double, g.double()))):
         assert ours.dtype == dtype and (ours - theirs).norm() <= bound * theirs.norm()
