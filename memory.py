@@ -3,9 +3,9 @@ Where the bytes go, before the run and without the GPU.
 
     python memory.py --slide                               # the lecture's table for OPT-1.3B, beside ours
     python memory.py --bert                                # the lecture's table of BERT's largest batches
-    python memory.py --model llama-7b --method qlora       # the peak of a step, and what it consists of
-    python memory.py --model llama-7b --method full,lora --json > a.json     # for plot.py memory a.json
-    python memory.py --model gpt2-xl --method lora --fit 16GB        # the largest batch
+    python memory.py --model llama-3.1-8b --method qlora   # the peak of a step, and what it consists of
+    python memory.py --model llama-3.1-8b --method full,lora --json > a.json # for plot.py memory a.json
+    python memory.py --model llama-3.1-8b --method lora,qlora --fit 24GB     # the largest batch
     python memory.py --model gpt2-xl --fit 16GB --grow seq           # the longest sequence
     python memory.py --table                               # the README's
 
@@ -27,6 +27,7 @@ from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
 
+from lib import presets
 from lib.config import METHOD_OPTIONS, Config, run_main
 from lib.report import size, table
 
@@ -38,7 +39,8 @@ def parse(args):
     """The command line, with --fit as bytes."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--model", default="gpt2", help="a preset, or a folder with config.json")
+    models = ", ".join(presets.PRESETS)
+    parser.add_argument("--model", default="gpt2", help=f"a folder with config.json, or one of {models}")
     parser.add_argument("--method", default="full,lora,qlora", help="several are joined by commas")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
@@ -435,6 +437,17 @@ attention keeps (heads, seq, seq) several times over and whose allocator held ba
 taken: the numbers should differ, and the more so the longer the sequence."""
 
 
+TABLE = {       # model -> the methods that the README's table has of it
+    "gpt2-medium": ("full", "adapter", "prefix", "lora", "qlora"),
+    "gpt2-xl": ("full", "lora", "qlora"),
+    "gemma-3-4b": ("full", "lora", "qlora"),
+    "llama-3.1-8b": ("full", "adapter", "prefix", "lora", "qlora"),
+    "qwen3-8b": ("full", "lora", "qlora"),
+    "llama-65b": ("lora", "qlora"),
+    "llama-3.1-70b": ("full", "lora", "qlora"),
+}
+
+
 def readme_table():
     """
     Yields the README's table, each line as soon as it is known: models by methods, the peak at sequence 512
@@ -442,8 +455,8 @@ def readme_table():
     """
     header = ["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]
     yield table([header], markdown=True)
-    for name in ("gpt2-medium", "gpt2-xl", "llama-7b", "llama-65b"):
-        for method in ("full", "adapter", "prefix", "lora", "qlora"):
+    for name, methods in TABLE.items():
+        for method in methods:
             batches = [max_batch(name, n * 10**9, method) for n in (16, 24, 80)]
             peak = predicted_peak(PRESETS[name], method, 1, 512)
             row = [name, method, size(peak, 2), *(str(batch or "-") for batch in batches)]
