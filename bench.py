@@ -68,7 +68,7 @@ import hub
 import memory
 import peft
 import quant
-from lib import checkpoint, machine, run
+from lib import checkpoint, machine, origin, run
 from lib.files import check
 from lib.report import size, table
 from model import GPT
@@ -416,7 +416,7 @@ def bench_step(job, args, folder):
 def flops_per_token(job):
     """Operations of the products with the frozen matrices, forward and backward; without the attention's."""
     with torch.device("meta"):
-        model = GPT(checkpoint.read_config(job.base))
+        model = GPT(origin.read_config(job.base))
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     return 4 * sum(p.numel() for p in (*matrices, model.head.weight))
 
@@ -424,7 +424,7 @@ def flops_per_token(job):
 def bench_epoch(job, args, folder):
     """Sequences a second over a shuffled part of an epoch; the peers get the same texts."""
     tokenizer = data.Tokenizer.load(args.tokenizer or job.base)
-    context = checkpoint.read_config(job.base).block_size
+    context = origin.read_config(job.base).block_size
     encoded = data.encode(data.load(args.data).train, tokenizer, context)
     path = folder / "sequences.json"
     path.write_text(json.dumps(encoded.sequences))
@@ -484,7 +484,7 @@ def bench_grow(job, args, folder):
     job = replace(job, batch=1, steps=3)
     report = []
     for what, value, changed in variants(job, folder):
-        config = checkpoint.read_config(changed.base)
+        config = origin.read_config(changed.base)
         figures = ours(changed).figures()
         dtype = getattr(torch, changed.dtype)
         predicted = memory.simulate(config, changed.method, 1, changed.seq, dtype, "cpu", storage_of(changed),
@@ -499,7 +499,7 @@ def bench_grow(job, args, folder):
 
 def variants(job, folder):
     """Yields (what, value, job with that value)."""
-    context = checkpoint.read_config(job.base).block_size
+    context = origin.read_config(job.base).block_size
     for seq in (128, 256, 512, 1024, 2048):
         if seq <= context:
             yield "seq", seq, replace(job, seq=seq)

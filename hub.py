@@ -53,10 +53,10 @@ import torch.nn.functional as F
 import data
 import peft
 from lib import run as runs
-from lib.checkpoint import (layout, linear_modules, load_base, read_origin, save_base, shapes_of, stack,
-                            unstack)
+from lib.checkpoint import layout, linear_modules, load_base, save_base, shapes_of, stack, unstack
 from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes,
                        write_atomic, write_json, write_safetensors)
+from lib.origin import read_origin
 
 # -----------------------------------------------------------------------------
 # adapters in PEFT's layout: adapter_config.json and adapter_model.safetensors, which holds

@@ -86,7 +86,7 @@ from torch.utils._pytree import tree_leaves
 
 import peft
 import quant
-from lib import checkpoint, kernels, run
+from lib import kernels, origin, run
 from lib.files import check
 from model import GPT, PRESETS
 
@@ -121,6 +121,7 @@ CUBLAS_WORKSPACE = 8_519_680    # bytes that cuBLAS asks of the allocator at fir
 ALLOCATION_UNIT = {"cuda": 512, "cpu": 1}       # an allocation takes a multiple of this many bytes
 
 PART_OF_MODULE = {"attn": "attention", "ffn": "ffn", "norm": "norms", "norm1": "norms", "norm2": "norms",
+                  "after1": "norms", "after2": "norms",
                   "adapter1": "adapters", "adapter2": "adapters", "embed": "embedding"}
 GROUPS = {"weights": 0, "adapter": 1, "gradients": 2, "optimizer": 3}    # first words of parts, in order
 
@@ -469,7 +470,7 @@ def readme_table():
 
 def load_config(name):
     """The GPTConfig of a preset, or of the config.json of a folder in Hugging Face layout."""
-    return checkpoint.read_config(name) if Path(name, "config.json").is_file() else preset(name)
+    return origin.read_config(name) if Path(name, "config.json").is_file() else preset(name)
 
 
 def settings_of(args):

@@ -17,7 +17,7 @@ import peft
 import quant
 from conftest import ROOT, tiny
 from model import GPT
-from lib import checkpoint, files, run
+from lib import checkpoint, files, origin, run
 from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
@@ -273,10 +273,10 @@ def test_peft_merges_the_dora_that_we_write(peer, bases, tmp_path, family, names
 def test_dora_out_and_in_again(tmp_path, family, names):
     config = tiny(family)
     content, s = dora(config, names)
-    settings, tensors = hub.to_peft(content, checkpoint.new_origin(config))
+    settings, tensors = hub.to_peft(content, origin.new_origin(config))
     assert settings["use_dora"] and all(t.dim() == 1 for name, t in tensors.items() if name.endswith(".lora_magnitude_vector"))
     write_peft(tmp_path / "out", settings, tensors)
-    method, options, again = hub.from_peft(tmp_path / "out", checkpoint.new_origin(config))
+    method, options, again = hub.from_peft(tmp_path / "out", origin.new_origin(config))
     before = content["tensors"]
     assert method == "dora" and again.keys() == before.keys() and set(options["targets"].split(",")) == set(content["options"]["targets"].split(","))
     for name in before:
@@ -292,12 +292,12 @@ def test_dora_that_peft_has_no_place_for(tmp_path):
     config = tiny("gpt2")
     content, _ = dora(config, ["attn.q", "attn.v"])
     with pytest.raises(ValueError, match="train with --targets containing q,k,v"):
-        hub.to_peft(content, checkpoint.new_origin(config))
+        hub.to_peft(content, origin.new_origin(config))
     content, _ = dora(config, ["ffn.up"])
-    settings, tensors = hub.to_peft(content, checkpoint.new_origin(config))
+    settings, tensors = hub.to_peft(content, origin.new_origin(config))
     write_peft(tmp_path / "out", settings | {"use_dora": False}, tensors)
     with pytest.raises(ValueError, match="use_dora is False, but 2 magnitude vectors are there"):
-        hub.from_peft(tmp_path / "out", checkpoint.new_origin(config))
+        hub.from_peft(tmp_path / "out", origin.new_origin(config))
 
 
 # -----------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import quant
 import train
 from conftest import ROOT, tiny
 from model import GPT
-from lib import checkpoint, files, run
+from lib import checkpoint, files, origin, run
 from lib.config import Config, command_line, read_toml
 
 SHORT = ["--max_iters", 4, "--batch_size", 4, "--eval_interval", 2, "--eval_batches", 1, "--warmup_iters", 1, "--sample_count", 0, "--dtype", "float32"]
@@ -472,8 +472,8 @@ def read_quietly(read, path):
 
 FILES = {   # kind: file in the world, and what reads it
     "adapter": ("run/adapter.pt", peft.read_adapter), "state": ("run/state.pt", files.read_file), "config": ("run/config.toml", lambda p: Config(**read_toml(p))),
-    "config.json": ("base/config.json", lambda p: checkpoint.read_config(p.parent)), "tokenizer": ("base/tokenizer.model", lambda p: data.Tokenizer.load(p)), "jsonl": ("data.jsonl", data.load),
-    "safetensors": ("base/model.safetensors", lambda p: list(files.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, checkpoint.read_origin(p.parents[1] / "base")))}
+    "config.json": ("base/config.json", lambda p: origin.read_config(p.parent)), "tokenizer": ("base/tokenizer.model", lambda p: data.Tokenizer.load(p)), "jsonl": ("data.jsonl", data.load),
+    "safetensors": ("base/model.safetensors", lambda p: list(files.read_tensors(p))), "csv": ("data.csv", data.load), "peft": ("peft/adapter_config.json", lambda p: hub.from_peft(p.parent, origin.read_origin(p.parents[1] / "base")))}
 
 
 def fuzz(here, kind, n, monkeypatch):

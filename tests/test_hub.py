@@ -12,7 +12,7 @@ import torch
 import peft
 import quant
 from conftest import FAMILIES, ROOT, tiny
-from lib import checkpoint, files
+from lib import checkpoint, files, origin
 from model import GPT, Cache
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -82,7 +82,7 @@ def test_round_trip(family, tmp_path):
     model = GPT(tiny(family))
     checkpoint.save_base(model, tmp_path)
     again = checkpoint.load_base(tmp_path)
-    assert checkpoint.new_origin(again.config).content == checkpoint.new_origin(model.config).content
+    assert origin.new_origin(again.config).content == origin.new_origin(model.config).content
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert again.base_fingerprint == peft.fingerprint(model)
     assert checkpoint.load_base(tmp_path, torch.bfloat16, quant.Storage("nf4", 32, True)).base_fingerprint == peft.fingerprint(model)
@@ -103,9 +103,9 @@ def test_quantized_while_read(tmp_path):
 PEAK = """
 import sys; sys.path.insert(0, sys.argv[1])
 import torch, quant
-from lib import checkpoint, machine, run
+from lib import checkpoint, machine, origin, run
 machine.tune_memory()
-checkpoint.read_config(sys.argv[2])
+origin.read_config(sys.argv[2])
 before = machine.peak_bytes()
 model = checkpoint.load_base(sys.argv[2], torch.bfloat16, quant.Storage("nf4", 64, True))
 stored = sum(v for v in run.storage_by_type(model).values())
@@ -121,9 +121,9 @@ def test_memory_while_a_large_base_is_read(tmp_path):
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     block = torch.randn(3072 * 1024) * 0.02
     tensors = {theirs: (torch.float32, shapes[ours[0]], lambda s=shapes[ours[0]]: block[:torch.Size(s).numel()].view(s))
-             for theirs, (ours, _) in checkpoint.layout(checkpoint.new_origin(config).family, shapes).items()}
+             for theirs, (ours, _) in checkpoint.layout(origin.new_origin(config).family, shapes).items()}
     files.write_safetensors(tmp_path / "model.safetensors", tensors)
-    (tmp_path / "config.json").write_text(json.dumps(checkpoint.new_origin(config).content))
+    (tmp_path / "config.json").write_text(json.dumps(origin.new_origin(config).content))
     assert (tmp_path / "model.safetensors").stat().st_size > 0.6e9
     done = subprocess.run([sys.executable, "-c", PEAK, ROOT, tmp_path], capture_output=True, text=True, check=True)
     before, peak, stored = map(int, done.stdout.split())

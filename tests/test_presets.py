@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lib import checkpoint
+from lib import origin
 from model import GPT, PRESETS
 
 # Parameters, the tied head once. Those of the Hugging Face hub's pages (and of keras-hub's presets for Gemma and Qwen3), as
@@ -145,7 +145,7 @@ def resolved(config):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_published_configuration_is_the_preset(name, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
-    assert resolved(checkpoint.read_config(tmp_path)) == resolved(PRESETS[name])
+    assert resolved(origin.read_config(tmp_path)) == resolved(PRESETS[name])
 
 
 def test_phi4_minis_magnitude():
