@@ -70,7 +70,7 @@ class GPTConfig:
     position_offset: int = 0        # unused rows at the beginning of the table of learned positions
     rope: Rope = Rope()
     local_rope: Rope | None = None  # of the layers with a window; None: the same
-    windows: tuple = ()             # for each layer how many tokens one sees, itself included; 0: all. (): all
+    windows: tuple = ()             # for each layer how many tokens one sees, itself included, or 0 for all
     unrotated: tuple = ()           # indices of the layers without rotary positions
     norm: str = "layer"             # or "rms"
     norm_eps: float = 1e-5
@@ -256,7 +256,9 @@ class Attention(nn.Module):
 
     def project(self, x, rope):
         """x (B, T, n_embd) -> q, k, v as (B, heads, T, head_dim), positions applied."""
-        q, k, v = self.heads(self.q(x), self.q_norm), self.heads(self.k(x), self.k_norm), self.heads(self.v(x))
+        q = self.heads(self.q(x), self.q_norm)
+        k = self.heads(self.k(x), self.k_norm)
+        v = self.heads(self.v(x))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return scaled(q, self.scale), k, v
@@ -428,7 +430,7 @@ class GPT(nn.Module):
         return scaled(self.norm(x[:, -T:]), self.config.logit_scale)
 
     def masks(self, cache, pos):
-        """{window: mask} of new tokens at positions (B, T) over a cache, to which they are added; {} without one."""
+        """{window: mask} of tokens at positions (B, T) that are added to a cache; {} without one."""
         if cache is None:
             return {}
         cache.add(pos)

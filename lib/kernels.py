@@ -160,7 +160,8 @@ class CausalAttention(torch.autograd.Function):
         dq_all = torch.empty_like(q)
         dk_all = torch.zeros_like(k, dtype=accurate(k.dtype))
         dv_all = torch.zeros_like(v, dtype=accurate(v.dtype))
-        for queries, keys, p, heads in tiles(ctx.window, q, k, v, g.reshape(q.shape), dq_all, dk_all, dv_all):
+        do_all = g.reshape(q.shape)
+        for queries, keys, p, heads in tiles(ctx.window, q, k, v, do_all, dq_all, dk_all, dv_all):
             q, k, v, do, dq, dk, dv = heads
             q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
             dv[:, keys] += p.mT @ do
@@ -209,7 +210,8 @@ def tiles(window, q, k, *others):
             by_query[..., -n:] += hidden[:n, :n]
             if window and end - first > window:
                 query = torch.arange(start, end, device=q.device).unsqueeze(1)
-                by_query.masked_fill_(beyond(window, query, torch.arange(first - before, end, device=q.device)), -torch.inf)
+                key = torch.arange(first - before, end, device=q.device)
+                by_query.masked_fill_(beyond(window, query, key), -torch.inf)
             yield queries, keys, scores.softmax(-1).to(q.dtype), heads
 
 

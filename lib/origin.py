@@ -10,18 +10,19 @@ families is said in lib/families.py.
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lib.families import ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, GPT2, LLAMA, OPT, ROPE_KEYS, Family
+from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES, ROPE_KEYS,
+                          Family)
 from lib.files import check, found_in, located, read_json
 from lib.keys import HARMLESS, OUT_OF_SCOPE
 from lib.rope import Rope
-from model import GPTConfig
+from model import PARTS_WITH_BIAS, GPTConfig
 
 TYPES = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(GPTConfig)}
-DERIVED = {"n_kv_head": "kv_heads", "n_ffn": "d_ffn", "head_dim": "d_head"}      # field that may be 0 -> what it then is
+DERIVED = ("n_kv_head", "n_ffn", "head_dim")      # fields that follow from the others where they are 0
 
 
 @dataclass(frozen=True)
@@ -66,11 +67,9 @@ def parse_origin(content):
     reason = OUT_OF_SCOPE.get(kind) if isinstance(kind, str) else None
     check(not reason, f"model_type is {kind!r}: {reason}, which this code does not have")
     check(kind in list(FAMILIES), f"model_type is {kind!r}; it must be one of {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
-    rest = family.defaults | content
-    fields = plain_fields(family, rest)
-    config = GPTConfig(**fields)
-    fields |= biases(family, rest) | switches(family, rest) | positions(family, rest, config)
+    family, rest = FAMILIES[kind], dict(content)
+    fields = plain_fields(family, rest) | biases(family, rest) | switches(family, rest)
+    fields |= positions(family, rest, GPTConfig(**fields))
     for key, wanted in family.required.items():
         value = rest.pop(key, wanted)
         check(value == wanted, f"{key} is {value!r}; only {wanted!r} is supported")
@@ -79,18 +78,37 @@ def parse_origin(content):
 
 
 def refuse_quantized(content):
-    """ValueError where the checkpoint's weights are stored in a form of quantization of others."""
+    """ValueError where the checkpoint's weights lie in the quantized form of another library."""
     found = content.get("quantization_config") or {}
     method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
     check(not found, f"the checkpoint is quantized already ({method}); take the unquantized one, and --quant stores it in few bits")
 
 
+def refuse_unknown(rest):
+    """ValueError for the first of the keys that nothing has read and that is not known to change nothing."""
+    for key, value in rest.items():
+        harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
+        check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
+
+
+def take(family, rest, key):
+    """The value of a key, which is taken out of rest; where it is absent the family's default, or None."""
+    return rest.pop(key, family.defaults.get(key))
+
+
+def take_truth(family, rest, key):
+    """The same of a key that must be true, false or null."""
+    value = take(family, rest, key)
+    check(value in (True, False, None), f"{key} is {value!r}; it must be true or false")
+    return bool(value)
+
+
 def plain_fields(family, rest):
-    """The fields of GPTConfig that a key of config.json says; such keys are taken out of rest."""
+    """The fields of GPTConfig that one key says each."""
     fields = dict(family.fixed)
     for key, name in family.keys.items():
-        check(key in rest, f"{key} is missing")
-        value = parse_value(family, key, name, rest.pop(key))
+        check(key in rest or key in family.defaults or name in fields, f"{key} is missing")
+        value = parse_value(family, key, name, take(family, rest, key))
         if value is None:
             continue
         agreed = fields.setdefault(name, value)
@@ -116,197 +134,208 @@ def parse_value(family, key, name, value):
     return CONVERSIONS[key](value)
 
 
-def truth(rest, key):
-    """The value of a key that must be true, false or absent; it is taken out of rest."""
-    value = rest.pop(key, None)
-    check(value in (True, False, None), f"{key} is {value!r}; it must be true or false")
-    return bool(value)
-
-
 def biases(family, rest):
     """The field `bias`: the parts that have one by the family and by its keys."""
     parts = family.fixed.get("bias", DEFAULTS["bias"]).split()
     for key, more in family.biases.items():
-        if truth(rest, key):
+        if take_truth(family, rest, key):
             parts += more.split()
     return {"bias": " ".join(dict.fromkeys(parts))}
 
 
 def switches(family, rest):
-    """The fields that keys of truth turn on."""
+    """The fields that keys turn on by being true."""
     fields = {}
     for key, changes in family.switches.items():
-        if truth(rest, key):
+        if take_truth(family, rest, key):
             fields |= changes
     return fields
 
 
-def refuse_unknown(rest):
-    """ValueError for the first of the keys that nothing has read and that is not known to change nothing."""
-    for key, value in rest.items():
-        harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
-        check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
-
-
 # -----------------------------------------------------------------------------
-# config.json: what differs by layer, and rotary positions
+# what differs by layer
 
 
 def positions(family, rest, config):
     """The fields windows, unrotated, rope and local_rope, and the context where it has to be shorter."""
-    n_layer = config.n_layer
-    unrotated = unrotated_layers(rest, n_layer)
-    windows = windows_of_layers(family, rest, n_layer, unrotated)
+    unrotated = unrotated_layers(family, rest, config.n_layer)
+    windows = windows_of_layers(family, rest, config.n_layer, unrotated)
     fields = {"windows": windows if any(windows) else (), "unrotated": unrotated}
-    if config.position != "rope":
-        return fields
-    rope, local, context = parse_ropes(family, rest, config)
-    if not any(windows) or local == rope:
-        local = None
-    return fields | {"rope": rope, "local_rope": local, "block_size": context}
+    if config.position == "rope":
+        rope, local, context = parse_ropes(family, rest, config)
+        has_own = any(windows) and local != rope
+        fields |= {"rope": rope, "local_rope": local if has_own else None, "block_size": context}
+    return fields
 
 
-def unrotated_layers(rest, n_layer):
+def unrotated_layers(family, rest, n_layer):
     """Indices of the layers without rotary positions."""
-    interval = rest.pop("no_rope_layer_interval", None)
-    rotated = rest.pop("no_rope_layers", None)           # for each layer 1 where it has them, whatever the name says
-    if rotated:
-        check(isinstance(rotated, list) and len(rotated) == n_layer, f"no_rope_layers is {rotated!r}; it must hold 0 or 1 for each of {n_layer} layers")
+    interval = take(family, rest, "no_rope_layer_interval")
+    rotated = rest.pop("no_rope_layers", None)           # 1 for each layer that has them, whatever the name says
+    if rotated is not None:
+        check(is_list_of(rotated, n_layer, (0, 1)), f"no_rope_layers is {rotated!r}; it must hold 0 or 1 for each of {n_layer} layers")
         return tuple(i for i, has in enumerate(rotated) if not has)
-    if not interval:
+    if interval is None:
         return ()
-    check(type(interval) is int and interval > 0, f"no_rope_layer_interval is {interval!r}; it must be a positive number of layers")
+    check(type(interval) is int and interval > 0, f"no_rope_layer_interval is {interval!r}; it must be a number of layers")
     return tuple(range(interval - 1, n_layer, interval))
 
 
 def windows_of_layers(family, rest, n_layer, unrotated):
     """For each layer how many tokens one sees in it, 0 where all."""
-    window = rest.pop("sliding_window", None) or 0
-    pattern = rest.pop("sliding_window_pattern", None) or rest.pop("_sliding_window_pattern", None) or family.windows
-    late = rest.pop("max_window_layers", 0)
-    types = rest.pop("layer_types", None)
-    has_switch = family.windows in ("late", "unrotated")
-    if has_switch and not truth(rest, "use_sliding_window"):
-        window = 0
+    window = take(family, rest, "sliding_window") or 0
     check(type(window) is int and window >= 0, f"sliding_window is {window!r}; it must be a number of tokens")
+    if family.windows in ("late", "unrotated") and not take_truth(family, rest, "use_sliding_window"):
+        window = 0
+    rule = layers_by_rule(family, rest, n_layer, unrotated)
     check(not window or family.windows != "none", f"sliding_window is {window}, which {family.name} does not have")
-    layers = {"none": (), "all": range(n_layer), "given": range(n_layer), "late": range(late, n_layer), "unrotated": unrotated}
-    if family.windows in layers:
-        local_layers = layers[family.windows]
-    else:
-        local_layers = [i for i in range(n_layer) if (i + 1) % pattern]
-    local = [bool(window and i in local_layers) for i in range(n_layer)]
-    if types is not None:
-        kinds = {"full_attention": False, "sliding_attention": True}
-        known = isinstance(types, list) and all(kind in list(kinds) for kind in types)
-        check(known and len(types) == n_layer, f"layer_types must name {' or '.join(kinds)} for each of {n_layer} layers, it is {types}")
-        said = [kinds[kind] for kind in types]
-        check(window or not any(said), "layer_types names sliding_attention, but no sliding_window is in force")
-        fits = said == local or family.windows not in ("none", "all")
-        check(fits, f"layer_types is {types}, which {family.name} does not follow")
-        local = said
-    return tuple(window if is_local else 0 for is_local in local)
+    types = rest.pop("layer_types", None)
+    if types is None:
+        return tuple(window if i in rule else 0 for i in range(n_layer))
+    kinds = ("full_attention", "sliding_attention")
+    check(is_list_of(types, n_layer, kinds), f"layer_types is {types!r}; it must hold {' or '.join(kinds)} for each of {n_layer} layers")
+    local = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
+    check(window or not local, "layer_types holds sliding_attention, but there is no sliding_window, or it is not in use")
+    follows = family.windows not in ("none", "all") or local == list(rule if window else ())
+    check(follows, f"layer_types is {types!r}, which {family.name} does not follow")
+    return tuple(window if i in local else 0 for i in range(n_layer))
 
 
-def parse_ropes(family, rest, config):
-    """(Rope, the Rope of the layers with a window, the context up to which they are exact)."""
-    for theirs, ours in ROPE_KEYS.items():
-        if theirs in rest:
-            value = rest.pop(theirs)
-            rest[ours] = rest[ours] if rest.get(ours, family.defaults.get(ours)) != family.defaults.get(ours) else value
-            check(rest[ours] == value, f"{theirs} is {value!r}, but {ours} is {rest[ours]!r}")
-    new, old = rest.pop("rope_parameters", None) or {}, rest.pop("rope_scaling", None) or {}
-    for name, value in (("rope_parameters", new), ("rope_scaling", old)):
-        check(isinstance(value, dict), f"{name} is {value!r}; it must be an object")
-    general = {key: rest.pop(key) for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-               if key in rest}
-    local_theta = rest.pop("rope_local_base_freq", family.local_theta)
-    by_layer = {"full_attention", "sliding_attention"} & new.keys()
-    full = new.get("full_attention") or {} if by_layer else new
-    for key, value in old.items():
-        check(key not in full or full[key] == value, f"rope_scaling and rope_parameters contradict each other: {key} is {value!r} and {full.get(key)!r}")
-    for key in general.keys() & full.keys():
-        said = general[key] == full[key] or general[key] == family.defaults.get(key)
-        check(said, f"{key} is {general[key]!r}, but rope_parameters says {full[key]!r}")
-    rope, context = parse_rope(general | old | full, config)
-    if by_layer:
-        local, _ = parse_rope({"rope_theta": general.get("rope_theta")} | (new.get("sliding_attention") or {}), config)
-    elif local_theta is None:
-        local = rope
-    else:
-        theta = rope.theta if local_theta == "same" else local_theta
-        local = Rope(theta=float(theta), dim=rope.dim)
-    return rope, local, context
+def layers_by_rule(family, rest, n_layer, unrotated):
+    """The indices of the layers with a window, where layer_types does not say."""
+    late = take(family, rest, "max_window_layers")
+    nth = rest.pop("sliding_window_pattern", None) or rest.pop("_sliding_window_pattern", None) or family.windows
+    if family.windows == "late":
+        check(type(late) is int and late >= 0, f"max_window_layers is {late!r}; it must be a number of layers")
+        return range(late, n_layer)
+    if isinstance(family.windows, int):
+        check(type(nth) is int and nth > 0, f"sliding_window_pattern is {nth!r}; it must be a number of layers")
+        return [i for i in range(n_layer) if (i + 1) % nth]
+    return {"none": (), "all": range(n_layer), "given": range(n_layer), "unrotated": unrotated}[family.windows]
 
 
-# kind of rotary scaling -> its keys, beside those of all
-ROPE_KINDS = {
+def is_list_of(value, n, allowed):
+    """Whether a value of a JSON file is a list of n of the allowed values."""
+    return isinstance(value, list) and len(value) == n and all(item in list(allowed) for item in value)
+
+
+# -----------------------------------------------------------------------------
+# rotary positions
+
+ROPE_GENERAL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE_KINDS = {                   # kind of scaling -> its keys, beside the general ones
     "default": (), "dynamic": ("factor",), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate",
              "llama_4_scaling_beta", "max_position_embeddings"),
-    "longrope": ("factor", "attention_factor", "short_factor", "long_factor", "short_mscale", "long_mscale")}
-ROPE_COMMON = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+    "longrope": ("factor", "attention_factor", "short_factor", "long_factor")}
+
+
+def parse_ropes(family, rest, config):
+    """(Rope, Rope of the layers with a window, the context up to which they are exact)."""
+    general = {key: rest.pop(key) for key in ROPE_GENERAL if key in rest}
+    for theirs, ours in ROPE_KEYS.items():
+        if theirs in rest:
+            general = agreeing(general, {ours: rest.pop(theirs)})
+    parameters = take_object(rest, "rope_parameters")            # of transformers 5, by kind of layer in some families
+    full = parameters.get("full_attention", parameters)
+    local = parameters.get("sliding_attention")
+    said = agreeing(agreeing(general, take_object(rest, "rope_scaling")), full or {})
+    defaults = {key: family.defaults[key] for key in ROPE_GENERAL if key in family.defaults}
+    share = said.get("partial_rotary_factor")
+    possible = share in (None, 1) or "partial_rotary_factor" in defaults
+    check(possible, f"partial_rotary_factor is {share!r}, which {family.name} does not have")
+    rope, context = parse_rope(defaults | said, config)
+    local_theta = take(family, rest, "rope_local_base_freq")
+    if local is not None:
+        return rope, parse_rope(defaults | general | local, config)[0], context
+    if family.plain_windows:
+        return rope, Rope(theta=float(local_theta or rope.theta), dim=rope.dim), context
+    return rope, rope, context
+
+
+def take_object(rest, key):
+    """The object of a key, {} where it is null or absent; it is taken out of rest."""
+    value = rest.pop(key, None) or {}
+    check(isinstance(value, dict), f"{key} is {value!r}; it must be an object")
+    return value
+
+
+def agreeing(first, second):
+    """Two dicts as one. ValueError where they contradict each other."""
+    for key in first.keys() & second.keys():
+        same = first[key] == second[key]
+        check(same, f"{key} is {first[key]!r} in one place and {second[key]!r} in another, of rope_theta, rope_scaling and rope_parameters")
+    return first | second
 
 
 def parse_rope(said, config):
-    """(Rope, context) of what config.json says of rotary positions in one kind of layers."""
-    kind = said.get("rope_type", said.get("type")) or "default"
-    kind = "longrope" if kind == "su" or kind == "yarn" and "short_factor" in said else kind
+    """What config.json says of the rotary positions of one kind of layers, as a dict -> (Rope, context)."""
+    kind = said.get("rope_type") or said.get("type") or "default"
+    if kind == "su" or "short_factor" in said:                   # earlier names of longrope
+        kind = "longrope"
     check(kind in list(ROPE_KINDS), f"rotary scaling {kind!r} is not supported; {', '.join(ROPE_KINDS)} are")
-    unknown = {key for key, value in said.items() if value is not None} - ROPE_COMMON - {*ROPE_KINDS[kind]}
-    check(not unknown, f"rotary scaling {kind}: unknown {', '.join(sorted(unknown))}")
+    known = {"rope_type", "type", *ROPE_GENERAL, *ROPE_KINDS[kind]}
+    unknown = [key for key, value in said.items() if value is not None and key not in known]
+    check(not unknown, f"rotary scaling {kind} does not have {', '.join(unknown)}")
     share = number(said, "partial_rotary_factor", 1.0)
-    check(0 < share <= 1, f"partial_rotary_factor is {share}; it must lie in (0, 1]")
+    check(share <= 1, f"partial_rotary_factor is {share}; it must be at most 1")
     dim = int(config.d_head * share)
-    rope = {"theta": number(said, "rope_theta"), "dim": 0 if dim == config.d_head else dim}
-    if kind in ("default", "dynamic"):       # a dynamic one changes nothing within the context
-        return Rope(**rope), config.block_size
-    original = int(number(said, "original_max_position_embeddings", config.block_size))
-    rope |= {"scaling": kind, "factor": number(said, "factor", config.block_size / original)}
+    plain = Rope(theta=number(said, "rope_theta"), dim=0 if dim == config.d_head else dim)
+    context = config.block_size
+    original = number(said, "original_max_position_embeddings", context)
+    if kind in ("default", "dynamic"):                           # a dynamic one acts beyond the context alone
+        return plain, context
+    factor = number(said, "factor", context / original)
+    rope = replace(plain, scaling=kind, factor=factor)
     if kind == "linear":
-        return Rope(**rope), config.block_size
-    rope["original"] = original
+        return rope, context
+    rope = replace(rope, original=int(original))
     if kind == "llama3":
-        slow, fast = number(said, "low_freq_factor"), number(said, "high_freq_factor")
-        return Rope(**rope, slow=slow, fast=fast), config.block_size
-    magnitude = number(said, "attention_factor", default_magnitude(kind, said, rope["factor"], original))
-    if kind == "yarn":
-        rope |= {"slow": number(said, "beta_slow", 1.0), "fast": number(said, "beta_fast", 32.0),
-                 "truncate": said.get("truncate", True) is not False}
-        # Beyond the original context such a model also scales its queries by the position.
-        context = min(config.block_size, original) if said.get("llama_4_scaling_beta") else config.block_size
-        return Rope(**rope, magnitude=magnitude), context
+        return replace(rope, slow=number(said, "low_freq_factor"), fast=number(said, "high_freq_factor")), context
+    magnitude = number(said, "attention_factor", default_magnitude(kind, said, rope))
+    rope = replace(rope, magnitude=magnitude)
+    return yarn(said, rope, context) if kind == "yarn" else longrope(said, rope, context, (dim + 1) // 2)
+
+
+def yarn(said, rope, context):
+    """(Rope, context) of yarn. A model whose queries are also scaled by their position, beyond the original
+    context, is exact up to that."""
+    if said.get("llama_4_scaling_beta"):
+        context = min(context, rope.original)
+    truncate = said.get("truncate", True) is not False
+    return replace(rope, slow=number(said, "beta_slow", 1.0), fast=number(said, "beta_fast", 32.0), truncate=truncate), context
+
+
+def longrope(said, rope, context, n_pairs):
+    """(Rope, context) of longrope, by its factors for short texts. For a text beyond the original context others hold, and
+    for all of its positions, even those that have been computed: it is exact up to that."""
     factors = said.get("short_factor")
-    n_pairs = (dim + 1) // 2
-    whole = isinstance(factors, list) and len(factors) == n_pairs and all(type(f) in (int, float) for f in factors)
-    check(whole, f"short_factor must hold {n_pairs} numbers, one for each pair that is rotated")
-    # Beyond the original context other factors hold, for all positions, even those that were computed before.
-    context = config.block_size if said.get("long_factor") == factors else min(config.block_size, original)
-    return Rope(**rope, factors=tuple(map(float, factors)), magnitude=magnitude), context
+    numbers = isinstance(factors, list) and all(type(factor) in (int, float) for factor in factors)
+    check(numbers and len(factors) == n_pairs, f"short_factor must hold {n_pairs} numbers, one for each pair that is rotated")
+    if said.get("long_factor") != factors:
+        context = min(context, rope.original)
+    return replace(rope, factors=tuple(map(float, factors))), context
 
 
 def number(said, key, default=None):
-    """A number that must be positive, float; the default, if there is one, where it is not said."""
+    """A number that must be positive; the default, if there is one, where it is not said. float."""
     value = said.get(key)
     value = default if value is None else value
     check(type(value) in (int, float) and 0 < value < math.inf, f"{key} is {value!r}; it must be a positive number")
     return float(value)
 
 
-def default_magnitude(kind, said, factor, original):
-    """How much longer cos and sin become with the context: of yarn (Peng et al. 2023, eq. 22) or longrope."""
-    if factor <= 1:
+def default_magnitude(kind, said, rope):
+    """By how much cos and sin grow with the factor: of longrope, or of yarn (Peng et al. 2023, eq. 22)."""
+    if rope.factor <= 1:
         return 1.0
     if kind == "longrope":
-        return math.sqrt(1 + math.log(factor) / math.log(original))
-
-    def of_scale(mscale):
-        return 0.1 * mscale * math.log(factor) + 1.0
-
+        return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))
+    growth = 0.1 * math.log(rope.factor)
     if said.get("mscale") and said.get("mscale_all_dim"):
-        return of_scale(said["mscale"]) / of_scale(said["mscale_all_dim"])
-    return of_scale(1.0)
+        return (growth * said["mscale"] + 1) / (growth * said["mscale_all_dim"] + 1)
+    return growth + 1
 
 
 # -----------------------------------------------------------------------------
@@ -314,31 +343,82 @@ def default_magnitude(kind, said, factor, original):
 
 
 def origin_of(model):
-    """The Origin that a model came with, or of the first family that can say all of a new one's configuration."""
+    """The Origin that a model came with, or one that says a new model's configuration."""
     return model.origin or new_origin(model.config)
 
 
 def new_origin(config):
-    """The Origin of a GPTConfig that was not read from a checkpoint. ValueError where no family can say it."""
-    values = dataclasses.asdict(config) | {"rope": config.rope, "local_rope": config.local_rope}
-    if config.kv_heads == config.n_head:
-        values["n_kv_head"] = 0
-    if config.d_head * config.n_head == config.n_embd:
-        values["head_dim"] = 0
-    for family in (GPT2, OPT, LLAMA):
-        expected = DEFAULTS | family.fixed | {"rope": Rope(theta=config.rope.theta)}
-        unsaid = expected.keys() - family.keys.values()
-        if all(values[name] == expected[name] for name in unsaid):
-            return Origin(family, config, config_json(family, config))
-    raise ValueError(f"this architecture is none of {GPT2.name}, {OPT.name}, {LLAMA.name}")
+    """The Origin of a GPTConfig that was not read: of the first family whose config.json says all of it. ValueError where
+    there is none."""
+    for family in FAMILIES.values():
+        content = config_json(family, config)
+        try:
+            again = parse_config(content)
+        except ValueError:
+            continue
+        if resolved(again) == resolved(config):
+            return Origin(family, config, content)
+    raise ValueError(f"no family of checkpoints can say this architecture: {config}")
+
+
+def resolved(config):
+    """The same architecture, with the values that follow from others written out."""
+    parts = [part for part in PARTS_WITH_BIAS if config.has_bias(part)]
+    missing = {"gate": not config.gated, "norm": config.norm != "layer"}
+    return replace(
+        config, n_kv_head=config.kv_heads, n_ffn=config.d_ffn, head_dim=config.d_head,
+        attention_scale=config.attention_scale or config.d_head**-0.5,
+        bias=" ".join(part for part in parts if not missing.get(part)))
 
 
 def config_json(family, config):
-    """GPTConfig -> the content of config.json."""
+    """GPTConfig -> the content of config.json, as far as the family can say it."""
     content = {"model_type": family.name, "architectures": [family.architecture]}
     for key, name in family.keys.items():
-        value = getattr(config, DERIVED.get(name, name))
-        content[key] = ACTIVATION_NAMES[value] if name == "activation" else value
+        content[key] = value_json(key, name, getattr(resolved(config), name))
+    content |= {key: all(map(config.has_bias, parts.split())) for key, parts in family.biases.items()}
+    for key, changes in family.switches.items():
+        content[key] = all(getattr(config, name) == value for name, value in changes.items())
     if config.position == "rope":
-        content["rope_theta"] = config.rope.theta
+        content |= rope_json(family, config)
+    if family.windows != "none":
+        content["sliding_window"] = max(config.windows, default=None)
+    if any(config.windows) and family.windows != "all":
+        kinds = {True: "sliding_attention", False: "full_attention"}
+        content["layer_types"] = [kinds[window > 0] for window in config.windows]
+    if family.windows in ("late", "unrotated"):
+        content["use_sliding_window"] = any(config.windows)
+    if config.unrotated or "no_rope_layer_interval" in family.defaults:
+        content["no_rope_layers"] = [int(i not in config.unrotated) for i in range(config.n_layer)]
     return content
+
+
+def value_json(key, name, value):
+    """The value of GPTConfig's field as a key of config.json holds it."""
+    if name == "activation":
+        return ACTIVATION_NAMES[value]
+    return INVERSES[key](value) if key in INVERSES else value
+
+
+def rope_json(family, config):
+    """The keys that say rotary positions."""
+    rope, local = config.rope, config.local_rope
+    content = {"rope_theta": rope.theta}
+    if rope.dim or "partial_rotary_factor" in family.defaults:
+        content["partial_rotary_factor"] = (rope.dim or config.d_head) / config.d_head
+    if local:
+        content["rope_local_base_freq"] = local.theta
+    if rope.scaling == "none":
+        return content
+    scaling = {"rope_type": rope.scaling, "factor": rope.factor}
+    if rope.original:
+        scaling["original_max_position_embeddings"] = rope.original
+    if rope.scaling == "llama3":
+        scaling |= {"low_freq_factor": rope.slow, "high_freq_factor": rope.fast}
+    if rope.scaling in ("yarn", "longrope"):
+        scaling["attention_factor"] = rope.magnitude
+    if rope.scaling == "yarn":
+        scaling |= {"beta_slow": rope.slow, "beta_fast": rope.fast, "truncate": rope.truncate}
+    if rope.scaling == "longrope":
+        scaling |= {"short_factor": list(rope.factors), "long_factor": list(rope.factors)}
+    return content | {"rope_scaling": scaling}
