@@ -20,6 +20,7 @@ import difflib
 import functools
 import itertools
 import json
+import math
 import re
 import sys
 import weakref
@@ -343,27 +344,32 @@ def largest(need, memory, limit):
     """
     The largest n in 1 .. limit with need(n) <= memory, where need never falls; 0 if there is none.
 
-    It doubles n until n is too large. Between the last two it tries, by turns, the point where a line through
-    them would cross the memory, because need is nearly a line, and the middle.
+    need is nearly a line but costs seconds. So after 1 and 2 it is asked, by turns, where a line through its
+    last two answers crosses the memory, and for the double or the middle, in case it is no line.
     """
-    low, high = 0, 1
-    while need(high) <= memory:
-        if high == limit:
-            return limit
-        low, high = high, min(2 * high, limit)
-    by_line = True
+    low, high = 0, limit + 1                 # low fits, high does not
+    answers = []                             # (n, need(n)), the last two
+    by_line = False
     while high - low > 1:
-        share = 0.5
-        if by_line and low:
-            share = (memory - need(low)) / max(need(high) - need(low), 1)
-        n = low + int(share * (high - low))
+        n = min(2 * low or 1, (low + high) // 2)
+        if by_line:
+            n = crossing(*answers, memory, n)
         n = min(max(n, low + 1), high - 1)
-        if need(n) <= memory:
+        answers = [*answers[-1:], (n, need(n))]
+        if answers[-1][1] <= memory:
             low = n
         else:
             high = n
-        by_line = not by_line
+        by_line = len(answers) == 2 and not by_line
     return low
+
+
+def crossing(point, other, y, default):
+    """The largest whole x at which the line through two points (x, y) is not above y; a default if it is flat."""
+    (x1, y1), (x2, y2) = point, other
+    if y1 == y2:
+        return default
+    return math.floor(x1 + (y - y1) * (x2 - x1) / (y2 - y1))
 
 
 @functools.cache

@@ -9,6 +9,6 @@ HARMLESS = set("""
     init_std _attn_implementation_autoset is_llama_config predict_special_tokens unsloth_fixed unsloth_version output_past gradient_checkpointing num_labels is_decoder auto_map transformers.js_config cache_implementation residual_dropout embedding_dropout hidden_dropout classifier_dropout is_encoder_decoder output_hidden_states output_attentions return_dict max_length do_sample temperature top_k top_p num_beams
     repetition_penalty length_penalty early_stopping no_repeat_ngram_size chunk_size_feed_forward
     diversity_penalty encoder_no_repeat_ngram_size min_length num_beam_groups num_return_sequences typical_p
-    exponential_decay_length_penalty problem_type max_sequence_length
+    exponential_decay_length_penalty problem_type max_sequence_length full_attn_mod interpolate_factor
 """.split())
 OUT_OF_SCOPE = {}
