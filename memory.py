@@ -340,12 +340,17 @@ def check_shape(config, method, batch, seq, options):
 # what fits
 
 
+FARTHEST = 16       # times what is known to fit
+
+
 def largest(need, memory, limit):
     """
     The largest n in 1 .. limit with need(n) <= memory, where need never falls; 0 if there is none.
 
     need is nearly a line but costs seconds. So after 1 and 2 it is asked, by turns, where a line through its
-    last two answers crosses the memory, and for the double or the middle, in case it is no line.
+    last two answers crosses the memory, and for the double or the middle, in case it is no line. A line that
+    begins nearly flat would lead far beyond the answer, where the cost grows: no question leaps further than
+    by FARTHEST.
     """
     low, high = 0, limit + 1                 # low fits, high does not
     answers = []                             # (n, need(n)), the last two
@@ -354,7 +359,7 @@ def largest(need, memory, limit):
         n = min(2 * low or 1, (low + high) // 2)
         if by_line:
             n = crossing(*answers, memory, n)
-        n = min(max(n, low + 1), high - 1)
+        n = min(max(n, low + 1), high - 1, FARTHEST * low or 1)
         answers = [*answers[-1:], (n, need(n))]
         if answers[-1][1] <= memory:
             low = n

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -188,10 +189,11 @@ def test_the_longest_sequence_is_the_longest():
 @settings(derandomize=True, deadline=None)
 @given(st.integers(0, 5000), st.integers(1, 5000), st.sampled_from((0.2, 1, 5)), st.integers(0, 3000))
 def test_the_search(n, limit, power, floor):
-    """Whatever the curve, flat at first or not, the answer is exact and asked for a few times alone."""
-    asked = set()
-    assert memory.largest(lambda k: asked.add(k) or max(k, floor) ** power, max(n, floor) ** power if n else -1, limit) == (min(max(n, floor), limit) if n else 0)
-    assert len(asked) <= 30 and (power != 1 or floor or len(asked) <= 6)
+    """Whatever the curve, flat at first or not, the answer is exact, and asked for a few times alone and never far beyond it."""
+    asked, answer = set(), min(max(n, floor), limit) if n else 0
+    assert memory.largest(lambda k: asked.add(k) or max(k, floor) ** power, max(n, floor) ** power if n else -1, limit) == answer
+    assert max(asked) <= memory.FARTHEST * max(answer, 1)
+    assert len(asked) <= 30 and (power != 1 or floor or len(asked) <= 6 + math.log(limit, memory.FARTHEST))
 
 
 @pytest.mark.parametrize("text, n", [("16GB", 16 * 10**9), ("16 GiB", 2**34), ("1.5e9", 1_500_000_000), ("300 mb", 3 * 10**8), ("7B", 7)])
