@@ -59,7 +59,8 @@ def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulat
 
 
 def compare(family, method, batch, seq, dtype=torch.bfloat16, storage=None, checkpointing=False, accumulation=1, options={}, **changes):
-    config = tiny(family, block_size=128, **changes)
+    """family: of conftest, or a GPTConfig."""
+    config = tiny(family, block_size=128, **changes) if isinstance(family, str) else family
     real = counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options)
     ours = simulate(config, method, batch, seq, dtype, "cpu", storage, checkpointing=checkpointing,
                     gradient_accumulation_steps=accumulation, **options)
@@ -85,6 +86,22 @@ def test_simulated_equals_counted(family, method, scheme, checkpointing, accumul
 def assert_equal(ours, real):
     assert ours["peak"] == real["peak"], (ours, real)
     assert ours["parts"] == real["parts"] and ours["layers"] == real["layers"]
+
+
+def shrunk(name):
+    """A preset's features at the size of a toy: two layers, the first with a window shorter than the sequence if the preset has any."""
+    config = PRESETS[name]
+    dim = 8 * config.rope.dim // config.d_head
+    rope = dataclasses.replace(config.rope, dim=dim, factors=config.rope.factors[:dim // 2])
+    return dataclasses.replace(config, vocab_size=61, block_size=128, n_layer=2, n_head=8, n_kv_head=8 * config.kv_heads // config.n_head or 1,
+                               n_embd=64, head_dim=8, n_ffn=96, rope=rope, windows=(16, 0) if any(config.windows) else ())
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "qwen2.5-0.5b", "qwen3-0.6b", "gemma-3-27b", "phi-4-mini", "pythia-70m"])
+@pytest.mark.parametrize("method, checkpointing", [("full", False), ("lora", True), ("qlora", False), ("lora+prefix", True)])
+def test_todays_models(name, method, checkpointing):
+    ours, real = compare(shrunk(name), method, 3, 40, checkpointing=checkpointing, accumulation=2, options={"rank": 4})
+    assert_equal(ours, real)
 
 
 def test_layers_left_out_of_storage():
