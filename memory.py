@@ -451,7 +451,6 @@ taken: the numbers should differ, and the more so the longer the sequence."""
 
 TABLE = {       # model -> the methods that the README's table has of it
     "gpt2-medium": ("full", "adapter", "prefix", "lora", "qlora"),
-    "gpt2-xl": ("full", "lora", "qlora"),
     "gemma-3-4b": ("full", "lora", "qlora"),
     "llama-3.1-8b": ("full", "adapter", "prefix", "lora", "qlora"),
     "qwen3-8b": ("full", "lora", "qlora"),
