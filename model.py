@@ -1,8 +1,8 @@
 """
 One GPT-style transformer by configuration. It knows nothing of PEFT, quantization or checkpoints.
 
-    from model import GPT, PRESETS
-    model = GPT(PRESETS["gpt2"])
+    from model import GPT, GPTConfig
+    model = GPT(GPTConfig(n_layer=2))
     logits, _ = model(tokens)             # tokens (B, T) int64 -> (B, T, vocab_size)
     _, loss = model(tokens, targets)      # mean cross-entropy where targets != -1; the logits never exist at once
 

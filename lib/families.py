@@ -206,7 +206,7 @@ ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items(
 
 # keys whose value is not the field's -> what the field then is
 CONVERSIONS = {"logits_scaling": lambda x: 1 / x, "query_pre_attn_scalar": lambda x: x**-0.5}
-INVERSES = {"logits_scaling": lambda x: 1 / x, "query_pre_attn_scalar": lambda x: round(x**-2, 9)}
+INVERSES = {"logits_scaling": lambda x: 1 / x, "query_pre_attn_scalar": lambda x: round(x**-2)}
 
 # other names of rotary keys -> ours
 ROPE_KEYS = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}

@@ -171,12 +171,12 @@ def positions(family, rest, config):
 def unrotated_layers(family, rest, n_layer):
     """Indices of the layers without rotary positions."""
     interval = take(family, rest, "no_rope_layer_interval")
+    if interval is None:                                 # which the families with such layers have by default
+        return ()
     rotated = rest.pop("no_rope_layers", None)           # 1 for each layer that has them, whatever the name says
     if rotated is not None:
         check(is_list_of(rotated, n_layer, (0, 1)), f"no_rope_layers is {rotated!r}; it must hold 0 or 1 for each of {n_layer} layers")
         return tuple(i for i, has in enumerate(rotated) if not has)
-    if interval is None:
-        return ()
     check(type(interval) is int and interval > 0, f"no_rope_layer_interval is {interval!r}; it must be a number of layers")
     return tuple(range(interval - 1, n_layer, interval))
 
@@ -374,6 +374,8 @@ def resolved(config):
 def config_json(family, config):
     """GPTConfig -> the content of config.json, as far as the family can say it."""
     content = {"model_type": family.name, "architectures": [family.architecture]}
+    # A class of transformers has ids of its own where config.json has none.
+    content |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     for key, name in family.keys.items():
         content[key] = value_json(key, name, getattr(resolved(config), name))
     content |= {key: all(map(config.has_bias, parts.split())) for key, parts in family.biases.items()}
@@ -388,7 +390,7 @@ def config_json(family, config):
         content["layer_types"] = [kinds[window > 0] for window in config.windows]
     if family.windows in ("late", "unrotated"):
         content["use_sliding_window"] = any(config.windows)
-    if config.unrotated or "no_rope_layer_interval" in family.defaults:
+    if "no_rope_layer_interval" in family.defaults:
         content["no_rope_layers"] = [int(i not in config.unrotated) for i in range(config.n_layer)]
     return content
 

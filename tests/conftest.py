@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # before torch's import
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from lib.rope import Rope  # noqa: E402
 from forks import OURS, PEERS, ROOT, Forks  # noqa: E402
 
 torch.set_num_threads(2)
@@ -57,17 +58,30 @@ def peer(tmp_path_factory):
         yield run
 
 
-FAMILIES = {
+LLAMA = dict(n_kv_head=2, n_ffn=40, position="rope", norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias="", tied=False)
+FAMILIES = {         # of which each feature of GPTConfig occurs in one at least
     "gpt2": dict(),
     "opt": dict(position_offset=2, activation="relu"),
-    "llama": dict(n_kv_head=2, n_ffn=40, position="rope", norm="rms", norm_eps=1e-6, activation="silu", gated=True, bias="", tied=False),
+    "llama": LLAMA,
+    "gemma3": LLAMA | dict(head_dim=12, tied=True, norm_offset=1.0, norm_place="both", qk_norm="head", embed_scale=32**0.5, attention_scale=13**-0.5,
+                           activation="gelu_tanh", rope=Rope(theta=1e6, scaling="linear", factor=8.0), local_rope=Rope(theta=1e4), windows=(5, 0)),
+    "gpt_neox": dict(position="rope", rope=Rope(dim=4), parallel=True, activation="gelu", tied=False),
+    "olmo2": LLAMA | dict(norm_place="after", qk_norm="width"),
+    "granite": LLAMA | dict(embed_scale=3.0, attention_scale=0.2, residual_scale=0.5, logit_scale=0.25, bias="q k v out",
+                            rope=Rope(theta=500.0, scaling="llama3", factor=8.0, original=16)),
+    "smollm3": LLAMA | dict(unrotated=(1,), rope=Rope(scaling="yarn", factor=4.0, original=16, slow=1.0, fast=32.0, magnitude=1.1)),
+    "stablelm": LLAMA | dict(norm="layer", bias="q k v norm", parallel=True, shared_norm=True, qk_norm="heads", rope=Rope(dim=4)),
+    "arcee": LLAMA | dict(gated=False, activation="relu2"),
 }
 
 
 def tiny(family, **changes):
-    """A GPTConfig of two layers in one of the three families."""
+    """A GPTConfig of two layers in one of the families."""
     from model import GPTConfig
-    return GPTConfig(**{"vocab_size": 61, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32} | FAMILIES[family] | changes)
+    fields = {"vocab_size": 61, "block_size": 48, "n_layer": 2, "n_head": 4, "n_embd": 32} | FAMILIES[family] | changes
+    if "windows" in fields:
+        fields["windows"] = tuple(fields["windows"][i % 2] for i in range(fields["n_layer"]))
+    return GPTConfig(**fields)
 
 
 def saved_bytes(function):

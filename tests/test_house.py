@@ -8,6 +8,7 @@ import tokenize
 
 import pytest
 from conftest import ROOT
+from lib.families import FAMILIES
 
 FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("lib/*.py") if path.name != "__init__.py")]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
@@ -112,3 +113,9 @@ def test_files_of_a_screenful():
 def test_model_knows_nothing_of_methods_and_quantization():
     names = {node.id for node in ast.walk(TREES["model.py"]) if isinstance(node, ast.Name)}
     assert not {"lora", "LoRA", "adapter", "prefix", "quantize", "QuantLinear"} & names
+
+
+def test_model_names_no_family():
+    names = {word for name in FAMILIES for word in re.split(r"[_\d]+", name) if word not in ("", "text", "gpt")} | {"gpt-?2", "pythia", "bert"}
+    found = re.findall(rf"\b(?:{'|'.join(sorted(names))})\w*", (ROOT / "model.py").read_text(), re.I)
+    assert not [word for word in found if word.lower() not in ("optimizer", "option", "options", "optional")]
