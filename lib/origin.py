@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES, ROPE_KEYS,
                           Family)
 from lib.files import check, found_in, located, read_json
-from lib.keys import HARMLESS, OUT_OF_SCOPE
+from lib.keys import HARMLESS, HARMLESS_AT, OUT_OF_SCOPE, OUT_OF_SCOPE_KEYS
 from lib.rope import Rope
 from model import PARTS_WITH_BIAS, GPTConfig
 
@@ -87,8 +87,13 @@ def refuse_quantized(content):
 def refuse_unknown(rest):
     """ValueError for the first of the keys that nothing has read and that is not known to change nothing."""
     for key, value in rest.items():
-        harmless = key in HARMLESS or key.startswith("_") or value in (None, False, [], {})
-        check(harmless, f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
+        wanted = HARMLESS_AT.get(key, value)
+        check(value is None or value == wanted, f"{key} is {value!r}; only {wanted!r} is supported")
+        if key in HARMLESS or key in HARMLESS_AT or value in (None, False, [], {}):
+            continue
+        reason = OUT_OF_SCOPE_KEYS.get(key)
+        check(not reason, f"{key} is {value!r}: {reason}, which this code does not have")
+        raise ValueError(f"unknown key {key!r}, and what it changes is not known either; remove it if it changes nothing")
 
 
 def take(family, rest, key):
