@@ -87,7 +87,7 @@ def continue_prompts(model, tokenizer, prompts, args):
         return sample_text(model, tokenizer, prompts, args.max_new_tokens)
     encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     found = beam_search(model, encoded, args.max_new_tokens, args.beams, args.length_penalty,
-                        args.no_repeat_ngram, tokenizer.eos)
+                        args.no_repeat_ngram, tokenizer.stops)
     return [tokenizer.decode(ids) for ids in found]
 
 

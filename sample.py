@@ -44,11 +44,11 @@ def stream(model, tokenizer, prompt, args):
     generator = torch.Generator(model.head.weight.device).manual_seed(args.seed)
     prompts = [tokenizer.encode_prompt(prompt)]
     tokens = model.stream(prompts, args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                          tokenizer.eos, generator)
+                          tokenizer.stops, generator)
     ids = []
     shown = ""
     for token in tokens:                                         # (1,)
-        ids += [i for i in token.tolist() if i != tokenizer.eos]
+        ids += token.tolist()
         text = tokenizer.decode(ids)
         if text.startswith(shown) and not text.endswith("\ufffd"):    # half a character waits for the rest
             yield text[len(shown):]

@@ -1,7 +1,7 @@
 """
 Beam search: the likeliest continuation of each prompt that K hypotheses at a time can find.
 
-    beam_search(model, [[1, 2, 3], [4]], max_new_tokens=20, beams=10, length_penalty=0.8, stop=0)
+    beam_search(model, [[1, 2, 3], [4]], max_new_tokens=20, beams=10, length_penalty=0.8, stop=[0, 7])
 
 B is the number of prompts, K of beams, V of tokens in the vocabulary.
 """
@@ -68,20 +68,20 @@ def forbid_repeats(logp, tokens, n):
     logp[row, repeated] = -math.inf
 
 
-def grow(running, logp):
+def grow(running, logp, n):
     """Continues each prompt's K hypotheses by a token. logp: (B * K, V).
 
-    Returns the 2 K likeliest results, and the rows (B, 2 K) of logp and of the cache that they continue.
+    Returns the n likeliest results, and the rows (B, n) of logp and of the cache that they continue.
     """
     B, K = running.scores.shape
     scores = (running.scores.view(-1, 1) + logp).view(B, -1)     # (B, K * V)
-    scores, index = scores.topk(2 * K)
+    scores, index = scores.topk(min(n, scores.size(1)))
     V = logp.size(1)
     first_rows = torch.arange(0, B * K, K, device=logp.device)
     rows = index // V + first_rows.unsqueeze(1)
     token = index % V
-    tokens = running.tokens.flatten(0, 1)[rows]                  # (B, 2 K, length - 1)
-    tokens = torch.cat((tokens, token.unsqueeze(-1)), -1)        # (B, 2 K, length)
+    tokens = running.tokens.flatten(0, 1)[rows]                  # (B, n, length - 1)
+    tokens = torch.cat((tokens, token.unsqueeze(-1)), -1)        # (B, n, length)
     return Hypotheses(scores, tokens), rows
 
 
@@ -100,11 +100,14 @@ def add_finished(finished, ended, length_penalty):
 def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_repeat_ngram=0, stop=None):
     """The continuation of each prompt with the largest sum of log-probabilities / length ** length_penalty.
 
-    prompts: lists of ids. Returns lists of the generated ids without the stop token. Where no_repeat_ngram is
-    n, no n-gram of generated tokens comes twice. The search keeps `beams` hypotheses a prompt. It ends after
-    max_new_tokens, at the context's end, or where every finished hypothesis is as good as the running ones.
+    prompts: lists of ids. stop: an id or several, each of which ends a hypothesis. Returns lists of the
+    generated ids without the stop. Where no_repeat_ngram is n, no n-gram of generated tokens comes twice.
+    The search keeps `beams` hypotheses a prompt. It ends after max_new_tokens, at the context's end, or
+    where every finished hypothesis is as good as the running ones.
     """
-    stop = NO_TOKEN if stop is None else stop
+    stops = {stop} if isinstance(stop, int) else set(stop or ())
+    stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=model.head.weight.device)
+    n_candidates = beams * max(2, 1 + len(stops))                # however many of these end, K go on
     cache = Cache(model.config.n_layer, model.config.block_size)
     logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
     scores = logp.new_full((len(prompts), beams), -math.inf)
@@ -115,8 +118,8 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
     for _ in range(max_new_tokens):
         if no_repeat_ngram:
             forbid_repeats(logp, running.tokens.flatten(0, 1), no_repeat_ngram)
-        candidates, rows = grow(running, logp)                   # (B, 2 K): where K of them end, K go on
-        ends = candidates.tokens[:, :, -1] == stop
+        candidates, rows = grow(running, logp, n_candidates)
+        ends = torch.isin(candidates.tokens[:, :, -1], stop_ids)
         finished = add_finished(finished, candidates.where(ends), length_penalty)
         running, order = candidates.where(~ends).best(beams)
         best_running = running.normalized(length_penalty)[:, 0]  # (B,)
@@ -126,4 +129,5 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
         cache.select(rows.gather(1, order).flatten())
         logp = next_logp(model, running.tokens[:, :, -1].reshape(-1, 1), cache, cache.next)
     best = add_finished(finished, running, length_penalty).tokens[:, 0]
-    return [[token for token in ids if token not in (stop, NO_TOKEN)] for ids in best.tolist()]
+    silent = {NO_TOKEN, *stops}
+    return [[token for token in ids if token not in silent] for ids in best.tolist()]

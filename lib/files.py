@@ -20,6 +20,9 @@ import torch
 # -----------------------------------------------------------------------------
 # checks
 
+# Git LFS leaves a text of three lines, which begins so, where a large file was not downloaded.
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
 
 def check(condition, message):
     """ValueError(message) unless condition."""
@@ -36,6 +39,12 @@ def some(names, n=3):
 def found_in(folder):
     """The first names in a folder for a message; "nothing" where it is empty, a file or not there."""
     return some([path.name for path in Path(folder).glob("*")]) or "nothing"
+
+
+def check_no_pointer(path, beginning):
+    """ValueError where the bytes that a file begins with are those of a Git LFS pointer."""
+    is_pointer = beginning.startswith(LFS_POINTER)
+    check(not is_pointer, f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 @contextmanager
@@ -84,11 +93,13 @@ def write_atomic(path, content):
 
 
 def read_bytes(path):
-    """The bytes of a file; ValueError where it cannot be read."""
+    """The bytes of a file; ValueError where it cannot be read, or is a Git LFS pointer."""
     try:
-        return Path(path).read_bytes()
+        content = Path(path).read_bytes()
     except OSError as error:                                         # fault 1
         raise ValueError(f"{path}: {error.strerror}") from None
+    check_no_pointer(path, content)
+    return content
 
 
 def write_json(path, content):
@@ -194,6 +205,8 @@ def read_header(file, path):
 def read_safetensors(path):
     """Yields (name, tensor) one at a time. The whole header is checked before the first."""
     with open(path, "rb") as file:
+        check_no_pointer(path, file.read(len(LFS_POINTER)))
+        file.seek(0)
         for begin, end, name, dtype, shape in read_header(file, path):
             tensor = torch.empty(shape, dtype=dtype)
             n_read = file.readinto(memory_of(tensor))
@@ -221,6 +234,9 @@ def write_safetensors(path, tensors):
 def read_bin(path):
     """(name, tensor) pairs of a pytorch_model.bin, nothing in it run."""
     damaged = f"{path}: truncated, damaged or not a checkpoint"
+    with refusing(damaged), open(path, "rb") as file:
+        beginning = file.read(len(LFS_POINTER))
+    check_no_pointer(path, beginning)
     with refusing(damaged):
         mapped = zipfile.is_zipfile(path)      # files from before 2020 are not, and cannot be mapped
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)                  # fault 4

@@ -150,6 +150,7 @@ def load_base(config, device, dtype):
     has_both = tokenizer.eos is not None and tokenizer.bos is not None
     if has_both and has_twin(model.head.weight, tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
+    tokenizer.ends = data.end_ids(config.base, model.config.vocab_size)
     return model, tokenizer
 
 
@@ -264,11 +265,11 @@ def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
     """Continues prompts, greedily unless told: list of str."""
     prompts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
     mode = model.training
-    options = {"temperature": 0, "stop": tokenizer.eos} | options
+    options = {"temperature": 0, "stop": tokenizer.stops} | options
     results = model.eval().generate(prompts, max_new_tokens, **options)
     model.train(mode)
     written = [ids[len(prompt):] for ids, prompt in zip(results, prompts)]
-    return [tokenizer.decode([token for token in ids if token != tokenizer.eos]) for ids in written]
+    return [tokenizer.decode(ids) for ids in written]
 
 
 def load_run(folder, device="auto", dtype="auto"):

@@ -10,40 +10,69 @@ from lib.beam import beam_search
 from model import GPT, GPTConfig
 
 
-def tiny(seed=0):
+def tiny(seed=0, scale=8):
     torch.manual_seed(seed)
     model = GPT(GPTConfig(vocab_size=5, block_size=24, n_layer=2, n_head=2, n_embd=16)).eval()
     for p in model.parameters():
-        p.data *= 8                                              # probabilities far from uniform
+        p.data *= scale                                          # probabilities far from uniform
     return model
 
 
-def likeliest(model, prompt, steps, penalty, stop):
+def likeliest(model, prompt, steps, penalty, stops):
     """Every sequence up to `steps` tokens, by brute force."""
     best = (-math.inf, None)
     for n in range(1, steps + 1):
         for ids in itertools.product(range(5), repeat=n):
-            if stop in ids[:-1] or (n < steps and ids[-1] != stop):
+            if set(stops) & set(ids[:-1]) or (n < steps and ids[-1] not in stops):
                 continue
             logp = model(torch.tensor([prompt + list(ids)]))[0][0].log_softmax(-1)
             total = sum(float(logp[len(prompt) - 1 + i, t]) for i, t in enumerate(ids))
-            best = max(best, (total / n**penalty, [t for t in ids if t != stop]))
+            best = max(best, (total / n**penalty, [t for t in ids if t not in stops]))
     return best[1]
 
 
-@pytest.mark.parametrize("penalty", [0.0, 0.8, 1.0])
+@pytest.mark.parametrize("stops", [[0], [0, 3], [1, 2, 4]])
+@pytest.mark.parametrize("penalty", [0.0, 0.8])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_wide_beam_finds_what_exhaustive_search_finds(penalty, seed):
+def test_wide_beam_finds_what_exhaustive_search_finds(penalty, seed, stops):
     model, prompts = tiny(seed), [[1, 2, 3], [4]]
     with torch.no_grad():
-        expected = [likeliest(model, p, 4, penalty, stop=0) for p in prompts]
-    assert beam_search(model, prompts, 4, beams=400, length_penalty=penalty, stop=0) == expected
+        expected = [likeliest(model, p, 4, penalty, stops) for p in prompts]
+    assert beam_search(model, prompts, 4, beams=400, length_penalty=penalty, stop=stops) == expected
 
 
 def test_one_beam_is_greedy():
     model, prompts = tiny(3), [[1, 2, 3], [4], [2, 2]]
     greedy = [ids[len(p):] for ids, p in zip(model.generate(prompts, 8, temperature=0), prompts)]
     assert beam_search(model, prompts, 8, beams=1) == greedy
+
+
+def plain_search(model, prompt, steps, beams, penalty, stops):
+    """The search as it is defined, over a sorted list of all continuations."""
+    running, finished = [(0.0, [])], []
+    for n in range(1, steps + 1):
+        grown = []
+        for score, ids in running:
+            logp = model(torch.tensor([prompt + ids]))[0][0, -1].log_softmax(-1)
+            grown += [(score + float(logp[token]), [*ids, token]) for token in range(5)]
+        grown.sort(reverse=True)
+        finished += [(score / n**penalty, ids) for score, ids in grown[:beams] if ids[-1] in stops]
+        finished = sorted(finished, reverse=True)[:beams]
+        running = [(score, ids) for score, ids in grown if ids[-1] not in stops][:beams]
+        if len(finished) == beams and finished[-1][0] >= running[0][0] / n**penalty:
+            break
+    best = max(finished + [(score / n**penalty, ids) for score, ids in running])
+    return [token for token in best[1] if token not in stops]
+
+
+@pytest.mark.parametrize("beams, stops, seeds", [(2, [4], range(6)), (5, [1, 2, 3], (20, 24))])
+def test_as_many_beams_go_on_however_many_end(beams, stops, seeds):
+    """With seeds 20 and 24 a search that keeps 2 K candidates for several stops finds another text."""
+    for seed in seeds:
+        model = tiny(seed, 2.8)
+        with torch.no_grad():
+            expected = plain_search(model, [1, 2], 7, beams, 2.0, stops)
+        assert beam_search(model, [[1, 2]], 7, beams, length_penalty=2.0, stop=stops) == [expected], seed
 
 
 def test_no_ngram_comes_twice():

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -13,7 +15,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from lib import world
+from lib import checkpoint, files, world
 from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
 
 
@@ -152,6 +154,248 @@ def test_tokenizers_that_are_refused(tmp_path, name, content):
         Tokenizer.load(tmp_path)
     with pytest.raises(ValueError, match="no tokenizer there"):
         Tokenizer.load(tmp_path / "none")
+
+
+# -----------------------------------------------------------------------------
+# special tokens
+
+TEXT = "The Plough costs £20 in time"
+
+
+def spelled_in_bytes(tokenizers, special):
+    """A byte-level tokenizer of GPT-2's kind with these special tokens, the first ids."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    made.train_from_iterator([TEXT] * 3, trainer)
+    return made
+
+
+def spelled_in_pieces(tokenizers, special):
+    """A tokenizer of Llama 2's kind, as it is converted from SentencePiece."""
+    normalizers, decoders = tokenizers.normalizers, tokenizers.decoders
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    all_bytes = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special + all_bytes, show_progress=False)
+    made.train_from_iterator([TEXT] * 3, trainer)
+    return made
+
+
+def template(tokenizers, made, bos):
+    """The post-processor that puts bos before a text, or nothing where bos is ""."""
+    tokens = [(bos, made.token_to_id(bos))] if bos else []
+    single = f"{bos} $A".strip()
+    return tokenizers.processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=tokens)
+
+
+# name: (special tokens, what makes the tokenizer, bos in the template or None for no template, tokenizer_config.json)
+PUBLISHED = {
+    "llama3": (["<|begin_of_text|>", "<|eot_id|>"], spelled_in_bytes, "<|begin_of_text|>",
+               {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "tokenizer_class": "PreTrainedTokenizerFast"}),
+    "qwen2.5": (["<|endoftext|>", "<|im_end|>"], spelled_in_bytes, None,
+                {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False, "tokenizer_class": "PreTrainedTokenizerFast"}),
+    "pythia": (["<|endoftext|>", "<|padding|>"], spelled_in_bytes, None,
+               {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "tokenizer_class": "GPTNeoXTokenizer"}),
+    "smollm2": (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], spelled_in_bytes, None,
+                {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "add_bos_token": False, "tokenizer_class": "GPT2Tokenizer"}),
+    "gemma": (["<pad>", "<eos>", "<bos>", "<unk>"], spelled_in_pieces, "<bos>",
+              {"bos_token": {"content": "<bos>", "__type": "AddedToken"}, "eos_token": "<eos>", "unk_token": "<unk>",
+               "add_bos_token": True, "tokenizer_class": "PreTrainedTokenizerFast"}),
+    "mistral": (["<unk>", "<s>", "</s>"], spelled_in_pieces, "<s>",
+                {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}),
+    "phi3": (["<unk>", "<s>", "</s>", "<|endoftext|>"], spelled_in_pieces, "",
+             {"bos_token": "<s>", "eos_token": "<|endoftext|>", "unk_token": "<unk>", "add_bos_token": False,
+              "tokenizer_class": "PreTrainedTokenizerFast"}),
+}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder with a small tokenizer of each family's kind, in its published form."""
+    tokenizers = pytest.importorskip("tokenizers")
+    root = tmp_path_factory.mktemp("published")
+    for name, (special, make, bos, config) in PUBLISHED.items():
+        made = make(tokenizers, special)
+        made.post_processor = tokenizers.processors.ByteLevel() if bos is None else template(tokenizers, made, bos)
+        (root / name).mkdir()
+        made.save(str(root / name / "tokenizer.json"))
+        (root / name / "tokenizer_config.json").write_text(json.dumps(config))
+    return root
+
+
+@pytest.mark.peers
+def test_ids_are_those_of_transformers(peer, published):
+    """Prompts begin with bos where transformers would put it, and are the same tokens."""
+    lines = peer("""
+import json, sys
+from transformers import AutoTokenizer
+for name in sys.argv[3:]:
+    tokenizer = AutoTokenizer.from_pretrained(f"{sys.argv[1]}/{name}")
+    print(json.dumps([tokenizer(sys.argv[2]).input_ids, tokenizer.bos_token_id, tokenizer.eos_token_id]))
+""", published, TEXT, *PUBLISHED).splitlines()
+    theirs = dict(zip(PUBLISHED, map(json.loads, lines), strict=True))
+    ours = {name: Tokenizer.load(published / name) for name in PUBLISHED}
+    assert theirs == {name: [t.encode_prompt(TEXT), t.bos, t.eos] for name, t in ours.items()}
+    begins = {name for name, t in ours.items() if t.begin}
+    assert begins == {"llama3", "gemma", "mistral"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_copy_of_the_tokenizers_files_says_the_same(published, tmp_path, name):
+    """The copy in a run's folder, which has no config.json beside it, and the copy of the copy."""
+    (tmp_path / "base").mkdir()
+    for file in (published / name).iterdir():
+        shutil.copy(file, tmp_path / "base")
+    (tmp_path / "base" / "config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
+    first, folder = Tokenizer.load(tmp_path / "base"), tmp_path / "base"
+    for copy in ("one", "two"):
+        (tmp_path / copy).mkdir()
+        Tokenizer.load(folder).save(tmp_path / copy)
+        folder = tmp_path / copy
+        again = Tokenizer.load(folder)
+        assert (again.fingerprint, again.bos, again.eos, again.begin) == (first.fingerprint, first.bos, first.eos, first.begin)
+    assert again.decode(again.encode_prompt(TEXT)) == TEXT and again.decode(again.encode_completion(TEXT)) == TEXT
+
+
+def test_a_folder_that_names_nothing_is_of_gpt2s_kind(published, tmp_path):
+    """Its bos is eos and stands before prompts, also after saving; a bos of null is none, and eos of null is the model's."""
+    shutil.copy(published / "pythia" / "tokenizer.json", tmp_path)
+    bare = Tokenizer.load(tmp_path)
+    assert (bare.bos, bare.eos, bare.begin) == (0, 0, [0])
+    (tmp_path / "copy").mkdir()
+    bare.save(tmp_path / "copy")
+    assert Tokenizer.load(tmp_path / "copy").begin == [0]
+    (tmp_path / "config.json").write_text(json.dumps({"bos_token_id": 1, "eos_token_id": [1, 0]}))
+    assert (Tokenizer.load(tmp_path).bos, Tokenizer.load(tmp_path).eos) == (1, 1)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "eos_token": None}))
+    none = Tokenizer.load(tmp_path)
+    assert (none.bos, none.eos, none.begin) == (None, 1, []) and none.encode_prompt("a") == none.encode("a")
+    assert none.encode_prompt("") == [1]                 # something must stand before the first token
+    (tmp_path / "config.json").unlink()
+    assert Tokenizer.load(tmp_path).encode_completion("a") == none.encode("a")
+
+
+@pytest.mark.parametrize("file, content, words", [
+    ("tokenizer_config.json", {"eos_token": "<|im_end|>"}, "eos_token is '<|im_end|>', which the vocabulary of the tokenizer lacks"),
+    ("tokenizer_config.json", {"bos_token": {"content": "<s>"}}, "bos_token is '<s>', which the vocabulary of the tokenizer lacks"),
+    ("tokenizer_config.json", {"eos_token": 3}, "eos_token is 3; it must be text or null"),
+    ("special_tokens_map.json", {"eos_token": "</s>"}, "eos_token is '</s>', which the vocabulary of the tokenizer lacks"),
+    ("config.json", {"eos_token_id": 4000}, "eos_token_id is 4000, which the vocabulary of the tokenizer lacks"),
+    ("generation_config.json", {"eos_token_id": [4000]}, "eos_token_id is 4000, which the vocabulary of the tokenizer lacks"),
+    ("config.json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'; it must be a token's id or a list of them"),
+    ("config.json", {"text_config": {"eos_token_id": [True]}}, "eos_token_id is [True]; it must be a token's id"),
+])
+def test_an_end_that_the_vocabulary_lacks_is_refused(published, tmp_path, file, content, words):
+    shutil.copy(published / "pythia" / "tokenizer.json", tmp_path)
+    (tmp_path / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / file}: {words}")):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_sentencepiece_model_goes_by_the_files_beside_it(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "the", "add_bos_token": False}))
+    with pytest.raises(ValueError, match="eos_token is 'the', which the vocabulary"):
+        Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "▁the", "add_bos_token": False}))
+    loaded = Tokenizer.load(tmp_path)
+    assert (loaded.bos, loaded.begin, tokenizer.begin) == (1, [], [1]) and [loaded.eos] == tokenizer.encode("the")
+    (tmp_path / "copy").mkdir()
+    loaded.save(tmp_path / "copy")
+    again = Tokenizer.load(tmp_path / "copy")
+    assert (again.fingerprint, again.eos, again.begin) == (loaded.fingerprint, loaded.eos, []) and again.fingerprint != tokenizer.fingerprint
+
+
+@pytest.fixture
+def both(published, tokenizer, tmp_path):
+    """A folder with tokenizer.json and tokenizer.model, of the same special tokens."""
+    tokenizer.save(tmp_path)
+    for file in (published / "mistral").iterdir():
+        shutil.copy(file, tmp_path)
+    return tmp_path
+
+
+def test_of_both_files_the_one_with_added_tokens_is_read(both, published, tokenizer, monkeypatch):
+    """And tokenizer.model without the package, where the special tokens are the same."""
+    expected = Tokenizer.load(published / "mistral").encode_prompt(TEXT)
+    assert Tokenizer.load(both).encode_prompt(TEXT) == expected != tokenizer.encode_prompt(TEXT)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    trim_bytes(both)
+    loaded = Tokenizer.load(both)
+    assert loaded.encode_prompt(TEXT) == tokenizer.encode_prompt(TEXT) and (loaded.bos, loaded.eos) == (1, 2)
+    loaded.save(both / "..")
+    with pytest.raises(ValueError, match="tokenizer.json needs the tokenizers package: pip install tokenizers"):
+        Tokenizer.load(published / "mistral")
+
+
+def trim_bytes(folder):
+    """Takes the bytes out of tokenizer.json's added tokens, which the trainer of this file has put there."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if not token["content"].startswith("<0x")]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return content
+
+
+@pytest.mark.parametrize("what", ["added token", "moved token", "decoder", "eos", "template"])
+def test_without_the_package_a_difference_says_what_to_install(both, monkeypatch, what):
+    content = trim_bytes(both)
+    config = json.loads((both / "tokenizer_config.json").read_text())
+    if what == "added token":
+        content["added_tokens"].append({"id": 600, "content": "<|im_end|>"})
+    elif what == "moved token":
+        content["added_tokens"][2]["id"] = 3
+    elif what == "decoder":
+        config["added_tokens_decoder"] = {"601": {"content": "<|end|>"}}
+    elif what == "eos":
+        config["eos_token"] = "<s>"
+    else:
+        content["post_processor"]["special_tokens"]["<s>"]["ids"] = [2]
+    (both / "tokenizer.json").write_text(json.dumps(content))
+    (both / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="tokenizer.json needs the tokenizers package: pip install tokenizers"):
+        Tokenizer.load(both)
+
+
+def test_all_ends_that_a_base_names(tokenizer, tmp_path):
+    assert data.end_ids(tmp_path, 600) == set() and tokenizer.stops == [2]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5, "text_config": {"eos_token_id": [6, 7]}}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 106]}))
+    assert data.end_ids(tmp_path, 600) == {5, 6, 7, 106}
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is 106, beyond the model's vocabulary of 106"):
+        data.end_ids(tmp_path, 106)
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, "</s>"]}))
+    with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is \[7, '</s>'\]; it must be"):
+        data.end_ids(tmp_path, 600)
+
+
+def test_no_stop_is_left_in_the_text(tokenizer):
+    ids = tokenizer.encode_prompt("the pub")
+    assert tokenizer.decode([*ids, 2, 77, 78]) == tokenizer.decode([*ids, 77, 78]) != "the pub"
+    tokenizer.ends = frozenset({77, 78})
+    try:
+        assert tokenizer.stops == [2, 77, 78] and tokenizer.decode([*ids, 2, 77, 78]) == "the pub"
+    finally:
+        tokenizer.ends = frozenset()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json", "config.json", "vocab.json", "data.jsonl",
+                                  "model.safetensors", "pytorch_model.bin", "model.safetensors.index.json"])
+def test_a_pointer_of_git_lfs_is_told_as_what_it_is(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17209920\n"
+    (tmp_path / name).write_text(pointer)
+    read = {"config.json": checkpoint.read_config, "data.jsonl": lambda folder: load(folder / name)}
+    if "model." in name and name != "tokenizer.model":
+        read[name] = lambda folder: list(files.read_tensors(folder))
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: a Git LFS pointer, .* `git lfs pull`"):
+        read.get(name, Tokenizer.load)(tmp_path)
 
 
 # -----------------------------------------------------------------------------
