@@ -276,7 +276,8 @@ def finish(run):
     adapter = folder / "adapter.pt"
     peft.load_adapter(run.model, adapter, replace=True)
     if config.base == "new":
-        checkpoint.save_base(run.model, folder)
+        ends = {"bos_token_id": run.tokenizer.bos, "eos_token_id": run.tokenizer.eos}
+        checkpoint.save_base(run.model, folder, ends)
     after = samples(run)
     if machine.RANK:
         return None                                              # Under fsdp it was needed for the samples.

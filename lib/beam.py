@@ -108,7 +108,8 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
     stops = {stop} if isinstance(stop, int) else set(stop or ())
     stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=model.head.weight.device)
     n_candidates = beams * max(2, 1 + len(stops))                # however many of these end, K go on
-    cache = Cache(model.config.n_layer, model.config.block_size)
+    room = max(map(len, prompts)) + max_new_tokens + model.reserved
+    cache = Cache(model.config.n_layer, min(room, model.config.block_size))
     logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
     scores = logp.new_full((len(prompts), beams), -math.inf)
     no_tokens = logp.new_empty((len(prompts), beams, 0), dtype=torch.long)
