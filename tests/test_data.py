@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from lib import checkpoint, files, world
+from lib import files, origin, world
 from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
 
 
@@ -391,7 +391,7 @@ def test_no_stop_is_left_in_the_text(tokenizer):
 def test_a_pointer_of_git_lfs_is_told_as_what_it_is(tmp_path, name):
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 17209920\n"
     (tmp_path / name).write_text(pointer)
-    read = {"config.json": checkpoint.read_config, "data.jsonl": lambda folder: load(folder / name)}
+    read = {"config.json": origin.read_config, "data.jsonl": lambda folder: load(folder / name)}
     if "model." in name and name != "tokenizer.model":
         read[name] = lambda folder: list(files.read_tensors(folder))
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / name))}: a Git LFS pointer, .* `git lfs pull`"):

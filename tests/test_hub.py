@@ -169,7 +169,7 @@ def change(folder, **keys):
 
 
 @pytest.mark.parametrize("keys, words", [
-    (dict(model_type="bloom"), "model_type is 'bloom'; it must be one of gpt2, opt, llama"),
+    (dict(model_type="bloom"), "model_type is 'bloom': ALiBi"), (dict(model_type="bloomy"), "model_type is 'bloomy'; it must be one of gpt2, opt, llama"),
     (dict(n_layer="gone"), "n_layer is missing"), (dict(n_layer="two"), "n_layer is 'two'; it must be int"),
     (dict(activation_function="mish"), "activation_function is 'mish'"), (dict(n_head=5), "n_embd 32 is not a multiple of n_head 5"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True; only False is supported"),
