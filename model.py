@@ -20,6 +20,7 @@ weight until the step ends.
 
 import math
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 import torch.nn as nn
@@ -27,8 +28,8 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib import presets
-from lib.cache import Cache
-from lib.kernels import (CausalAttention, RMSNorm, accurate, beyond, cross_entropy, device_type,
+from lib.generation import Cache, pad_left, sample
+from lib.kernels import (CausalAttention, RMSNorm, accurate, causal_mask, cross_entropy, device_type,
                          simulating)
 from lib.rope import Rope, frequencies, rotate
 
@@ -193,12 +194,13 @@ class Embed(nn.Module):
         rows = config.block_size + self.offset
         self.positions = nn.Embedding(rows, config.n_embd) if config.position == "learned" else None
 
-    def forward(self, tokens, pos, past):
+    def forward(self, tokens, pos, past, lengths=None):
         """
-        tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache.
+        tokens (B, T); pos (T,) or (B, T), negative for padding; past: tokens already in the cache; lengths: of
+        sequences that lie side by side, with B = 1.
 
-        Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes where
-        past is 0.
+        Returns x (B, T', n_embd) and its positions, T' >= T: a replacement may prepend what it likes to each
+        sequence where past is 0.
         """
         return self.at(self.tokens(tokens), pos), pos
 
@@ -268,15 +270,33 @@ class Attention(nn.Module):
         softmax(q k^T / sqrt(head_dim)) v.
 
         mask: bool (B or 1, 1, T, S), True where seen; None for causal within the window, where the first
-        S - T keys are seen by all.
+        S - T keys are seen by all; or the lengths of sequences that lie side by side, each on its own.
         """
         T, S = q.size(2), k.size(2)
+        if isinstance(mask, list):
+            return self.attend_apart(q, k, v, mask)
         if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
             return CausalAttention.apply(q, k, v, self.window)
         if mask is None and (S > T or 0 < self.window < T):
             mask = causal_mask(T, S, self.window, q.device)
+        groups = q.size(1) // k.size(1)
+        if groups > 1 and T > 1 and mask is not None and device_type(q) != "cpu":
+            # A GPU's kernels that take a mask have as many keys as queries; without one it makes all scores at once.
+            k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
+
+    def attend_apart(self, q, k, v, lengths):
+        """attend for sequences side by side in one row; those of one length that follow each other go together."""
+        shared = k.size(2) - q.size(2)                           # keys that all of them see
+        own = (runs(q, lengths), runs(k[:, :, shared:], lengths), runs(v[:, :, shared:], lengths))
+        results = []
+        for q_run, k_run, v_run in zip(*own):
+            k_shared = k[:, :, :shared].expand(len(q_run), -1, -1, -1)
+            v_shared = v[:, :, :shared].expand(len(q_run), -1, -1, -1)
+            y = self.attend(q_run, torch.cat((k_shared, k_run), 2), torch.cat((v_shared, v_run), 2), None)
+            results.append(y.transpose(0, 1).flatten(1, 2))      # (n, heads, length, d) -> (heads, n * length, d)
+        return torch.cat(results, 1).unsqueeze(0)
 
     def forward(self, x, rope, mask, cache):
         q, k, v = self.project(x, rope)
@@ -286,13 +306,13 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))            # (B, heads, T, d) -> (B, T, heads * d)
 
 
-def causal_mask(T, S, window, device):
-    """Who sees whom, bool (T, S): the first S - T keys are seen by all. window: 0 for none."""
-    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
-    if not window:
-        return mask
-    query = torch.arange(T, device=device).unsqueeze(1)
-    return mask & ~beyond(window, query, torch.arange(T - S, T, device=device))
+def runs(x, lengths):
+    """(1, heads, T, head_dim) of sequences side by side -> (n, heads, length, head_dim) of each n of one length."""
+    start = 0
+    for length, run in groupby(lengths):
+        n = len(list(run))
+        yield x[0, :, start:start + n * length].unflatten(1, (n, length)).transpose(0, 1)
+        start += n * length
 
 
 class FFN(nn.Module):
@@ -405,28 +425,37 @@ class GPT(nn.Module):
             ropes[name] = tuple(scaled(turn, magnitude).to(self.dtype) for turn in (angle.cos(), angle.sin()))
         return ropes
 
-    def hidden(self, tokens, cache=None, pos=None):
-        """The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd)."""
+    def hidden(self, tokens, cache=None, pos=None, lengths=None):
+        """
+        The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd). lengths: of sequences
+        that lie side by side in one row.
+        """
         B, T = tokens.shape
         past = cache.seen if cache is not None else 0
-        needed = past + T + self.reserved
+        needed = past + (max(lengths) if lengths else T) + self.reserved
         if needed > self.config.block_size:
             raise ValueError(f"{needed} positions, but the model's context is {self.config.block_size}")
+        if lengths:
+            pos = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
         if pos is None:
             pos = past + torch.arange(T, device=tokens.device)
         if cache is not None:
             cache.seen = past + T
             cache.next = pos.expand(B, -1)[:, -1:] + 1
-        x, pos = self.embed(tokens, pos, past)
+        x, pos = self.embed(tokens, pos, past, lengths)
         x, ropes = x.to(self.dtype), self.rope(pos)
+        before = (x.size(1) - T) // len(lengths or [T])          # positions that embed put before a sequence
+        apart = [before + n for n in lengths] if lengths else None
         masks = self.masks(cache, pos.expand(B, -1))
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
-            rope, mask = ropes[block.attn.positions], masks.get(block.attn.window)
+            rope, mask = ropes[block.attn.positions], masks.get(block.attn.window, apart)
             if recompute:
                 x = checkpoint(block, x, rope, mask, None, use_reentrant=False)
             else:
                 x = block(x, rope, mask, cache.layers[i] if cache is not None else None)
+        if before and lengths:
+            x = torch.cat([sequence[:, before:] for sequence in x.split(apart, 1)], 1)
         return scaled(self.norm(x[:, -T:]), self.config.logit_scale)
 
     def masks(self, cache, pos):
@@ -436,13 +465,14 @@ class GPT(nn.Module):
         cache.add(pos)
         return {window: cache.mask(pos, window) for window in {block.attn.window for block in self.blocks}}
 
-    def forward(self, tokens, targets=None, label_smoothing=0.0):
+    def forward(self, tokens, targets=None, label_smoothing=0.0, lengths=None):
         """
         tokens (B, T) int64. Without targets: (logits (B, T, vocab_size), None).
 
-        With targets (B, T), -1 where ignored: (None, mean cross-entropy), the logits in chunks.
+        With targets (B, T), -1 where ignored: (None, mean cross-entropy), the logits in chunks. lengths: where
+        B is 1, those of sequences that lie side by side in the row and know nothing of each other.
         """
-        x = self.hidden(tokens)
+        x = self.hidden(tokens, lengths=lengths)
         if targets is None:
             return self.head(x), None
         return None, cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), label_smoothing)
@@ -489,31 +519,3 @@ class GPT(nn.Module):
                 if token >= 0:
                     row.append(token)
         return results
-
-
-def pad_left(prompts, device):
-    """
-    Lists of token ids -> tokens and positions, (B, T) int64 both; padding stands at the left and has
-    negative positions.
-    """
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) < 1:
-        raise ValueError("an empty prompt: give at least the beginning-of-sequence token")
-    padding = [longest - len(p) for p in prompts]
-    tokens = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
-    return tokens, torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
-
-
-def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """Draws a token from each row of logits (B, V): (B,) int64. temperature 0 takes the largest."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None and top_k < logits.size(-1):
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    if top_p is not None:
-        ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p           # The token that crosses p stays.
-        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)

@@ -442,7 +442,7 @@ def prompt_tuning_attention(self, x, rope, mask, cache):
     s_v = self.heads(s_v[None]).expand(len(x), -1, -1, -1)
     k = torch.cat((s_k, k), 2)
     v = torch.cat((s_v, v), 2)
-    if mask is not None:
+    if isinstance(mask, torch.Tensor):
         mask = F.pad(mask, (n, 0), value=True)                   # every token sees the prefix
     y = self.attend(q, k, v, mask)
     return self.out(y.transpose(1, 2).flatten(2))
@@ -492,17 +492,19 @@ class Prompt(nn.Module):
         super().__init__()
         self.base, self.shift, self.P = base, 0, None
 
-    def forward(self, tokens, pos, past):
+    def forward(self, tokens, pos, past, lengths=None):
         n = 0 if self.P is None else len(self.P)
         pos = torch.where(pos < 0, pos, pos + self.shift + n)     # a negative position is padding
         x, pos = self.base(tokens, pos, past)
         if n == 0 or past:
             return x, pos
         P_pos = self.shift + torch.arange(n, device=pos.device)
-        P = self.base.at(self.P.to(x.dtype), P_pos)
-        x = torch.cat((P.expand(len(x), -1, -1), x), 1)           # (B, T, n_embd) -> (B, n + T, n_embd)
+        P = self.base.at(self.P.to(x.dtype), P_pos).expand(len(x), -1, -1)
         P_pos = P_pos.expand(*pos.shape[:-1], -1)                 # (n,), or (B, n) where pos is (B, T)
-        return x, torch.cat((P_pos, pos), -1)
+        lengths = lengths or [tokens.size(1)]
+        x = [part for sequence in x.split(lengths, 1) for part in (P, sequence)]
+        pos = [part for sequence in pos.split(lengths, -1) for part in (P_pos, sequence)]
+        return torch.cat(x, 1), torch.cat(pos, -1)                # (B, T, n_embd) -> (B, n + T, n_embd)
 
 
 def wrap_embedding(model):

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lib.cache import Cache
-from model import pad_left
+from lib.generation import Cache, pad_left
 
 NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 

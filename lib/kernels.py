@@ -223,6 +223,15 @@ def beyond(window, query, key):
     return (query - key >= window) & (key >= 0)
 
 
+def causal_mask(T, S, window, device):
+    """Who sees whom, bool (T, S): the first S - T keys are seen by all. window: 0 for none."""
+    mask = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if not window:
+        return mask
+    query = torch.arange(T, device=device).unsqueeze(1)
+    return mask & ~beyond(window, query, torch.arange(T - S, T, device=device))
+
+
 # -----------------------------------------------------------------------------
 # loss: the float32 logits of GPT-2 at 4 x 512 tokens would take 412 MB, their gradient as much again
 

@@ -10,7 +10,9 @@ from hypothesis import given, settings, strategies as st
 import model as model_file
 from lib import kernels
 from conftest import FAMILIES, saved_bytes, tiny
-from model import GPT, PRESETS, Cache, GPTConfig, causal_mask, cross_entropy, sample
+from lib.generation import Cache, sample
+from lib.kernels import causal_mask, cross_entropy
+from model import GPT, PRESETS, GPTConfig
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -274,3 +276,30 @@ def test_beyond_the_context():
 def test_the_file_knows_nothing_of_the_others():
     assert not {"peft", "quant", "hub", "train"} & set(vars(model_file))
     assert GPTConfig() == PRESETS["gpt2"]
+
+
+@FAMILY
+@pytest.mark.parametrize("lengths", [[7], [3, 9, 9, 1, 20], [5, 5, 5], [1, 1]])
+def test_sequences_side_by_side_are_apart(family, lengths):
+    """Losses and gradients of sequences in one row are those of the sequences one by one."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(61, (2, n), generator=generator) for n in lengths]
+    results = []
+    for packed in (True, False):
+        model = build(family, torch.float64).double()
+        if packed:
+            tokens, targets = torch.cat(rows, 1).unsqueeze(1)
+            loss = model(tokens, targets, lengths=lengths)[1] * sum(lengths)
+        else:
+            loss = sum(model(row[:1], row[1:])[1] * row.size(1) for row in rows)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=1e-10)
+
+
+def test_sequences_side_by_side_each_have_the_whole_context():
+    model = build("gpt2")
+    model(torch.zeros(1, 96, dtype=torch.long), lengths=[48, 48])
+    with pytest.raises(ValueError, match="49 positions, but the model's context is 48"):
+        model(torch.zeros(1, 50, dtype=torch.long), lengths=[1, 49])

@@ -1,5 +1,5 @@
 """
-The key-value cache that generation fills.
+What generation needs: the key-value cache, prompts of different lengths in one batch, drawing a token.
 """
 
 import torch
@@ -59,3 +59,35 @@ class Cache:
         self.pos, self.next = self.pos[rows], self.next[rows]
         for layer in self.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
+
+
+# -----------------------------------------------------------------------------
+# prompts and tokens
+
+
+def pad_left(prompts, device):
+    """
+    Lists of token ids -> tokens and positions, (B, T) int64 both; padding stands at the left and has
+    negative positions.
+    """
+    longest = max(map(len, prompts))
+    if min(map(len, prompts)) < 1:
+        raise ValueError("an empty prompt: give at least the beginning-of-sequence token")
+    padding = [longest - len(p) for p in prompts]
+    tokens = torch.tensor([[0] * n + list(p) for n, p in zip(padding, prompts)], device=device)
+    return tokens, torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
+
+
+def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """Draws a token from each row of logits (B, V): (B,) int64. temperature 0 takes the largest."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.size(-1):
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None:
+        ordered, index = logits.softmax(-1).sort(descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p           # The token that crosses p stays.
+        logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
