@@ -281,13 +281,13 @@ class Attention(nn.Module):
             mask = causal_mask(T, S, self.window, q.device)
         groups = q.size(1) // k.size(1)
         if groups > 1 and T > 1 and mask is not None and device_type(q) != "cpu":
-            # A GPU's kernels that take a mask have as many keys as queries; without one it makes all scores at once.
+            # A GPU's kernels that take a mask want as many keys as queries; others make all scores at once.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
 
     def attend_apart(self, q, k, v, lengths):
-        """attend for sequences side by side in one row; those of one length that follow each other go together."""
+        """attend for sequences side by side; those of one length that follow each other go together."""
         shared = k.size(2) - q.size(2)                           # keys that all of them see
         own = (runs(q, lengths), runs(k[:, :, shared:], lengths), runs(v[:, :, shared:], lengths))
         results = []
@@ -295,7 +295,7 @@ class Attention(nn.Module):
             k_shared = k[:, :, :shared].expand(len(q_run), -1, -1, -1)
             v_shared = v[:, :, :shared].expand(len(q_run), -1, -1, -1)
             y = self.attend(q_run, torch.cat((k_shared, k_run), 2), torch.cat((v_shared, v_run), 2), None)
-            results.append(y.transpose(0, 1).flatten(1, 2))      # (n, heads, length, d) -> (heads, n * length, d)
+            results.append(y.transpose(0, 1).flatten(1, 2))      # (n, heads, T, d) -> (heads, n * T, d)
         return torch.cat(results, 1).unsqueeze(0)
 
     def forward(self, x, rope, mask, cache):
@@ -307,7 +307,7 @@ class Attention(nn.Module):
 
 
 def runs(x, lengths):
-    """(1, heads, T, head_dim) of sequences side by side -> (n, heads, length, head_dim) of each n of one length."""
+    """(1, heads, T, head_dim) of sequences side by side -> for each n of one length (n, heads, T, head_dim)."""
     start = 0
     for length, run in groupby(lengths):
         n = len(list(run))
@@ -426,10 +426,7 @@ class GPT(nn.Module):
         return ropes
 
     def hidden(self, tokens, cache=None, pos=None, lengths=None):
-        """
-        The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd). lengths: of sequences
-        that lie side by side in one row.
-        """
+        """The last block's output after the final norm. tokens (B, T) -> (B, T, n_embd); the rest as in forward."""
         B, T = tokens.shape
         past = cache.seen if cache is not None else 0
         needed = past + (max(lengths) if lengths else T) + self.reserved
@@ -478,7 +475,7 @@ class GPT(nn.Module):
         return None, cross_entropy(x.flatten(0, 1), self.head.weight, targets.flatten(), label_smoothing)
 
     def num_params(self):
-        """Parameters by their logical shapes, the tied head once."""
+        """Parameters, the tied head once."""
         return sum(p.numel() for p in self.parameters())
 
     @torch.inference_mode()
