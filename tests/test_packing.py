@@ -1,0 +1,55 @@
+"""Sequences side by side in one row: the same losses and gradients as one by one, whatever the method, the storage and the family."""
+
+import pytest
+import torch
+
+import peft
+import quant
+from conftest import FAMILIES, tiny
+from model import GPT
+
+LENGTHS = [3, 9, 9, 1, 12]
+OPTIONS = dict(rank=3, adapter_size=4, prefix_length=3, prompt_length=2)
+CASES = [(method, {}) for method in peft.METHODS] + [("prefix", dict(prefix_style="after")), ("prefix+prompt", dict(prefix_style="after")), ("lora+prefix+adapter+ia3+prompt", {})]
+
+
+def gradients(family, method, options, storage, packed):
+    """The loss over all targets and the gradients of what the method trains."""
+    torch.manual_seed(0)
+    model = GPT(tiny(family))
+    for p in model.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    if storage:
+        quant.store(model, storage)
+    peft.apply(model, method, **OPTIONS | options)
+    for _, p, trained in peft.parameters_by_method(model):
+        if trained:
+            p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    rows = [torch.randint(61, (2, n), generator=torch.Generator().manual_seed(n + i)) for i, n in enumerate(LENGTHS)]
+    if packed:
+        tokens, targets = torch.cat(rows, 1).unsqueeze(1)
+        loss = model(tokens, targets, lengths=LENGTHS)[1]
+    else:
+        loss = sum(model(tokens[None], targets[None])[1] * len(tokens) / sum(LENGTHS) for tokens, targets in rows)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def has_biases(family):
+    return any(name.endswith("bias") for name, _ in GPT(tiny(family)).named_parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method, options", CASES)
+def test_every_method(family, method, options):
+    if method == "bitfit" and not has_biases(family):
+        pytest.skip("no biases")
+    for ours, theirs in zip(*(gradients(family, method, options, None, packed) for packed in (True, False)), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * max(1, float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("scheme", quant.CODES)
+def test_every_storage(scheme):
+    storage = quant.Storage(scheme, None if scheme == "int8" else 16)
+    for ours, theirs in zip(*(gradients("gemma3", "lora+prefix+prompt", {}, storage, packed) for packed in (True, False)), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6 * max(1, float(theirs.abs().max()))
