@@ -168,10 +168,12 @@ OLMO3 = replace(
     defaults=OLMO2.defaults | {"rope_theta": 500000.0, "sliding_window": 4096})
 STARCODER2 = replace(
     LLAMA, name="starcoder2", architecture="Starcoder2ForCausalLM", windows="all",
-    keys=GROUPED | {"hidden_act": "activation", "norm_epsilon": "norm_eps"},
+    keys=GROUPED | {"hidden_act": "activation", "activation_function": "activation", "norm_epsilon": "norm_eps",
+                    "layer_norm_epsilon": "norm_eps"},
     fixed={"position": "rope", "norm": "layer", "bias": "norm"}, biases={"use_bias": "q k v out up down"},
-    defaults={"hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 1e-5, "rope_theta": 10000.0, "head_dim": None,
-              "tie_word_embeddings": True, "use_bias": True, "sliding_window": None},
+    defaults={"hidden_act": "gelu_pytorch_tanh", "activation_function": None, "norm_epsilon": 1e-5,
+              "layer_norm_epsilon": None, "rope_theta": 10000.0, "head_dim": None, "tie_word_embeddings": True,
+              "use_bias": True, "sliding_window": None},
     block_modules=ATTENTION | NORMS | {"mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"})
 STABLELM = replace(
     LLAMA, name="stablelm", architecture="StableLmForCausalLM",

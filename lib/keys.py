@@ -74,6 +74,11 @@ OUT_OF_SCOPE_KEYS = {key: reason for reason, keys in {
 }.items() for key in keys.split()}
 
 # -----------------------------------------------------------------------------
+# keys that say that the weights lie in the quantized form of another library -> its name where they do not say it
+
+QUANTIZED = {"quantization": "mlx", "compression_config": "compressed-tensors", "quantization_config": "an unknown method"}
+
+# -----------------------------------------------------------------------------
 # model_type -> what such models have and this code does not
 
 OUT_OF_SCOPE = {kind: reason for reason, kinds in {
@@ -125,13 +130,15 @@ OUT_OF_SCOPE = {kind: reason for reason, kinds in {
     "pictures beside the text": "emu3 emu3_text_model fuyu git got_ocr2 imagegpt phi4_multimodal",
     "sound beside the text": "moshi moss_transcribe_diarize",
     "patches of bytes": "blt",
+    "a norm of the embeddings": "modernbert-decoder",
+    "another model to draft for": "gemma4_assistant gemma4_unified_assistant",
     "an encoder and a decoder": """
         bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 mvp
-        nllb-moe pegasus pegasus_x plbart prophetnet speech_to_text switch_transformers t5 t5gemma t5gemma2 trocr
-        umt5 whisper""",
+        nllb-moe pegasus pegasus_x plbart prophetnet speech_to_text speech_to_text_2 switch_transformers t5 t5gemma
+        t5gemma2 trocr umt5 whisper xlm-prophetnet""",
     "an encoder": """
         albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
         esm eurobert fnet funnel ibert longformer megatron-bert mobilebert modernbert mpnet nomic_bert
-        nystromformer rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta
+        nystromformer qdqbert rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta
         xlm-roberta-xl xmod yoso""",
 }.items() for kind in kinds.split()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES, ROPE_KEYS,
                           Family)
 from lib.files import check, found_in, located, read_json
-from lib.keys import HARMLESS, HARMLESS_AT, OUT_OF_SCOPE, OUT_OF_SCOPE_KEYS
+from lib.keys import HARMLESS, HARMLESS_AT, OUT_OF_SCOPE, OUT_OF_SCOPE_KEYS, QUANTIZED
 from lib.rope import Rope
 from model import PARTS_WITH_BIAS, GPTConfig
 
@@ -62,7 +62,8 @@ def parse_origin(content):
     refuse_quantized(content)
     wrapped = isinstance(content.get("text_config"), dict)
     if wrapped:
-        content = {"model_type": f"{content.get('model_type')}_text"} | content["text_config"]
+        content = text_part(content)
+        refuse_quantized(content)
     kind = content.get("model_type")
     reason = OUT_OF_SCOPE.get(kind) if isinstance(kind, str) else None
     check(not reason, f"model_type is {kind!r}: {reason}, which this code does not have")
@@ -77,11 +78,22 @@ def parse_origin(content):
     return Origin(family, GPTConfig(**fields), content, wrapped)
 
 
+def text_part(content):
+    """What config.json of a model of several parts says of its text part; the head belongs to the whole."""
+    said = {"model_type": f"{content.get('model_type')}_text"}
+    if content.get("tie_word_embeddings") is not None:
+        said["tie_word_embeddings"] = content["tie_word_embeddings"]
+    return agreeing(said, content["text_config"], ["tie_word_embeddings"])
+
+
 def refuse_quantized(content):
     """ValueError where the checkpoint's weights lie in the quantized form of another library."""
-    found = content.get("quantization_config") or {}
-    method = found.get("quant_method", "an unknown method") if isinstance(found, dict) else found
-    check(not found, f"the checkpoint is quantized already ({method}); take the unquantized one, and --quant stores it in few bits")
+    for key, usual in QUANTIZED.items():
+        found = content.get(key) or {}
+        method = found.get("quant_method", usual) if isinstance(found, dict) else found
+        if "load_in_4bit" in found or "load_in_8bit" in found:
+            method = "bitsandbytes"
+        check(not found, f"the checkpoint is quantized already ({method}); take the unquantized one, and --quant stores it in few bits")
 
 
 def refuse_unknown(rest):
@@ -127,6 +139,8 @@ def parse_value(family, key, name, value):
     """The value of a key as GPTConfig's field of that name holds it, or None where it says nothing."""
     if value is None and name in DERIVED:
         return 0
+    if value is None and family.defaults.get(key, 0) is None:
+        return None
     if name == "activation":
         known = ACTIVATIONS | family.activations
         check(value is None or value in list(known), f"{key} is {value!r}; it must be one of {', '.join(known)}")
@@ -170,7 +184,15 @@ def positions(family, rest, config):
         rope, local, context = parse_ropes(family, rest, config)
         has_own = any(windows) and local != rope
         fields |= {"rope": rope, "local_rope": local if has_own else None, "block_size": context}
+        if not has_own:
+            fields["windows"] = windows_in_force(windows, context)
     return fields
+
+
+def windows_in_force(windows, context):
+    """The same windows without those that hide nothing within the context; () where none is left."""
+    shorter = tuple(window if window < context else 0 for window in windows)
+    return shorter if any(shorter) else ()
 
 
 def unrotated_layers(family, rest, n_layer):
@@ -229,7 +251,7 @@ def is_list_of(value, n, allowed):
 
 ROPE_GENERAL = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 ROPE_KINDS = {                   # kind of scaling -> its keys, beside the general ones
-    "default": (), "dynamic": ("factor",), "linear": ("factor",),
+    "default": ("factor",), "dynamic": ("factor",), "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate",
              "llama_4_scaling_beta", "max_position_embeddings"),
@@ -266,11 +288,11 @@ def take_object(rest, key):
     return value
 
 
-def agreeing(first, second):
-    """Two dicts as one. ValueError where they contradict each other."""
-    for key in first.keys() & second.keys():
+def agreeing(first, second, keys=None):
+    """Two dicts as one. ValueError where they contradict each other, in those keys or in any."""
+    for key in first.keys() & second.keys() & set(first if keys is None else keys):
         same = first[key] == second[key]
-        check(same, f"{key} is {first[key]!r} in one place and {second[key]!r} in another, of rope_theta, rope_scaling and rope_parameters")
+        check(same, f"{key} is {first[key]!r} in one place of config.json and {second[key]!r} in another")
     return first | second
 
 
@@ -289,9 +311,10 @@ def parse_rope(said, config):
     plain = Rope(theta=number(said, "rope_theta"), dim=0 if dim == config.d_head else dim)
     context = config.block_size
     original = number(said, "original_max_position_embeddings", context)
+    factor = number(said, "factor", context / original)
+    check(kind != "default" or said.get("factor") in (None, 1), f"rotary scaling of factor {factor}, but no rope_type says which")
     if kind in ("default", "dynamic"):                           # a dynamic one acts beyond the context alone
         return plain, context
-    factor = number(said, "factor", context / original)
     rope = replace(plain, scaling=kind, factor=factor)
     if kind == "linear":
         return rope, context
@@ -370,8 +393,9 @@ def resolved(config):
     """The same architecture, with the values that follow from others written out."""
     parts = [part for part in PARTS_WITH_BIAS if config.has_bias(part)]
     missing = {"gate": not config.gated, "norm": config.norm != "layer"}
+    windows = config.windows if config.local_rope else windows_in_force(config.windows, config.block_size)
     return replace(
-        config, n_kv_head=config.kv_heads, n_ffn=config.d_ffn, head_dim=config.d_head,
+        config, windows=windows, n_kv_head=config.kv_heads, n_ffn=config.d_ffn, head_dim=config.d_head,
         attention_scale=config.attention_scale or config.d_head**-0.5,
         bias=" ".join(part for part in parts if not missing.get(part)))
 
