@@ -1,5 +1,7 @@
 """A prompt in, text out: from a base, a run and a merged folder, as a user calls it."""
 
+import json
+import shutil
 import subprocess
 import sys
 
@@ -74,3 +76,40 @@ def test_a_closed_pipe_is_no_error(folders):
 
 def test_the_real_model_tells_a_story(script, real_data):
     assert script("sample.py", real_data / "stories260k", "--max_new_tokens", 40).stdout.startswith("Once upon a time, there was a little girl named Lily")
+
+
+@pytest.fixture(scope="module")
+def ending(folders, tmp_path_factory):
+    """(a base whose generation_config.json names an end, a run over it, the text up to that end)."""
+    folder = tmp_path_factory.mktemp("ending")
+    for name in ("base", "run"):
+        shutil.copytree(folders / name, folder / name)
+    config = Config(method="lora", rank=2, base=str(folder / "base"), dtype="float32")
+    (folder / "run" / "config.toml").write_text(write_toml(config))
+    model, tokenizer, _ = run.load_run(folder / "run", "cpu", "float32")
+    prompt = tokenizer.encode_prompt("the cat")
+    written = model.generate([prompt], 12, temperature=0)[0][len(prompt):]
+    end = written[5]
+    (folder / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos, end]}))
+    return folder, end, tokenizer.decode(written[:written.index(end)])
+
+
+def test_every_end_that_the_base_names_ends_the_text(ending, capsys):
+    """For a base and for a run, streamed, in a batch and by beam search; the end itself is no text."""
+    import evaluate
+    import sample
+    folder, end, expected = ending
+    model, tokenizer, _ = run.load_run(folder / "run", "cpu", "float32")
+    assert tokenizer.stops == sorted({tokenizer.eos, end})
+    assert run.load_base(Config(base=str(folder / "base")), torch.device("cpu"), torch.float32)[1].stops == tokenizer.stops
+    sample.main(sample.parse([str(folder / "run"), "--prompt", "the cat", "--max_new_tokens", "40", "--dtype", "float32"]))
+    assert capsys.readouterr().out == f"the cat {expected}\n"
+    assert run.sample_text(model, tokenizer, ["the cat", "the cat"], 40) == [expected] * 2
+    args = evaluate.parse(["run", "--no_repeat_ngram", "99", "--max_new_tokens", "40"])
+    assert evaluate.continue_prompts(model, tokenizer, ["the cat"], args) == [expected]
+
+
+def test_an_end_beyond_the_vocabulary_is_refused(refused, ending, tmp_path):
+    shutil.copytree(ending[0] / "base", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [106, 100000]}))
+    assert "generation_config.json: eos_token_id is 100000, beyond the model's vocabulary of" in refused("sample.py", tmp_path / "base")
