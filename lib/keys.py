@@ -74,7 +74,7 @@ OUT_OF_SCOPE_KEYS = {key: reason for reason, keys in {
 }.items() for key in keys.split()}
 
 # -----------------------------------------------------------------------------
-# keys that say that the weights lie in the quantized form of another library -> its name where they do not say it
+# keys that say that the weights lie in another library's quantized form -> its name where they do not say it
 
 QUANTIZED = {"quantization": "mlx", "compression_config": "compressed-tensors", "quantization_config": "an unknown method"}
 
