@@ -887,3 +887,47 @@ def test_what_the_libraries_write(peer, tmp_path):
     assert unknown == {"ministral3", "internlm3"}
     small = [i for i in four if cases()[i][1]]
     assert {i: settled(four[i]) for i in small} == {i: settled(five[i]) for i in small}
+
+
+TURNS = """
+import json, pathlib, sys
+import torch, transformers
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+transformers.logging.set_verbosity_error()
+def turns(config, layer_type):
+    said = config.rope_parameters[layer_type] if layer_type else config.rope_parameters
+    if said["rope_type"] == "default":
+        d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = int(d_head * said.get("partial_rotary_factor", 1.0))
+        return (said["rope_theta"] ** -(torch.arange(0, dim, 2).float() / dim)).tolist(), 1.0
+    of_layer = {"layer_type": layer_type} if layer_type else {}
+    frequencies, magnitude = ROPE_INIT_FUNCTIONS[said["rope_type"]](config, "cpu", **of_layer)
+    return frequencies.tolist(), magnitude
+found = {}
+for name, content in json.loads(pathlib.Path(sys.argv[1]).read_text()).items():
+    config = AutoConfig.for_model(content.pop("model_type"), **content)
+    text, both = config.get_text_config(), ("full_attention", "sliding_attention")
+    by_layer = both[0] in text.rope_parameters
+    said = [turns(text, kind) for kind in (both if by_layer else [None])]
+    found[name] = bool(config.tie_word_embeddings), said
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.peers
+def test_rotary_frequencies(peer, tmp_path):
+    """Published models' positions turn as fast, and grow by as much, as transformers computes."""
+    old = "phi-3-mini-128k-instruct of april 2024"                  # transformers 5.23 fails on "su"
+    rotated = {name: content for name, (content, _) in PUBLISHED.items()
+               if parse_config(content).position == "rope" and name != old}
+    (tmp_path / "published.json").write_text(json.dumps(rotated))
+    found = json.loads(peer(TURNS, tmp_path / "published.json").splitlines()[-1])
+    assert found.keys() == rotated.keys()
+    for name, (tied, theirs) in found.items():
+        config = parse_config(rotated[name])
+        assert config.tied == tied, name
+        ours = [config.rope, config.local_rope or config.rope][:len(theirs)]
+        for rope, (turns, magnitude) in zip(ours, theirs):
+            assert torch.allclose(frequencies(rope, config.d_head), torch.tensor(turns), rtol=2e-6), name
+            assert rope.magnitude == pytest.approx(magnitude, rel=1e-9), name
