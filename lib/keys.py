@@ -1,26 +1,28 @@
 """
-What is known of config.json's keys beyond those that lib/families.py reads: which of them change nothing, which of
-them only at one value, and which say that a model is none of ours. It is plain data, gathered from the published
-files of the families and from what transformers 4.57 and 5.23 write and read.
+What is known of config.json's keys beyond those that lib/families.py reads: which of them change nothing,
+which only at one value, and which say that a model is none of ours. It is plain data, gathered from the
+published files of the families and from what transformers 4.57 and 5.23 write and read.
 """
 
 # -----------------------------------------------------------------------------
 # keys that change nothing in what a model computes when it is trained without dropout and when it generates
 
 DROPOUT = """
-    activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout dropout
-    embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob layerdrop resid_pdrop residual_dropout
-    summary_first_dropout
+    activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop classifier_dropout
+    dropout embd_pdrop embedding_dropout hidden_dropout hidden_dropout_prob layerdrop resid_pdrop
+    residual_dropout summary_first_dropout
 """
 TOKENS = """
-    begin_suppress_tokens bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id forced_eos_token_id
-    pad_token_id predict_special_tokens prefix sep_token_id suppress_tokens tokenizer_class unk_token_id
+    begin_suppress_tokens bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id
+    forced_eos_token_id pad_token_id predict_special_tokens prefix sep_token_id suppress_tokens
+    tokenizer_class unk_token_id
 """
 GENERATION = """
-    bad_words_ids cache_implementation diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
-    num_beams num_return_sequences output_past output_scores remove_invalid_values repetition_penalty
-    return_dict_in_generate temperature top_k top_p typical_p use_cache
+    bad_words_ids cache_implementation diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_past output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate temperature top_k top_p typical_p
+    use_cache
 """
 INITIALIZATION = "init_std initializer_range"
 OTHER_HEADS = """
@@ -29,13 +31,14 @@ OTHER_HEADS = """
 """
 HOW_IT_RUNS = """
     _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled attention_softmax_in_fp32
-    attn_implementation chunk_size_feed_forward gradient_checkpointing output_attentions output_hidden_states
-    pretraining_tp reorder_and_upcast_attn return_dict scale_attention_softmax_in_fp32 tf_legacy_loss torchscript
-    use_bfloat16
+    attn_implementation chunk_size_feed_forward gradient_checkpointing output_attentions
+    output_hidden_states pretraining_tp reorder_and_upcast_attn return_dict
+    scale_attention_softmax_in_fp32 tf_legacy_loss torchscript use_bfloat16
 """
 NOTES = """
-    _commit_hash _name_or_path architectures auto_map dtype is_decoder is_llama_config max_sequence_length
-    model_type n_ctx torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version
+    _commit_hash _name_or_path architectures auto_map dtype is_decoder is_llama_config
+    max_sequence_length model_type n_ctx torch_dtype transformers.js_config transformers_version
+    unsloth_fixed unsloth_version
 """
 HARMLESS = {key for keys in (DROPOUT, TOKENS, GENERATION, INITIALIZATION, OTHER_HEADS, HOW_IT_RUNS, NOTES)
             for key in keys.split()}
@@ -74,28 +77,29 @@ OUT_OF_SCOPE_KEYS = {key: reason for reason, keys in {
 }.items() for key in keys.split()}
 
 # -----------------------------------------------------------------------------
-# keys that say that the weights lie in another library's quantized form -> its name where they do not say it
+# keys of weights that lie in another library's quantized form -> its name where the value does not say it
 
-QUANTIZED = {"quantization": "mlx", "compression_config": "compressed-tensors", "quantization_config": "an unknown method"}
+QUANTIZED = {"quantization": "mlx", "compression_config": "compressed-tensors",
+             "quantization_config": "an unknown method"}
 
 # -----------------------------------------------------------------------------
 # model_type -> what such models have and this code does not
 
 OUT_OF_SCOPE = {kind: reason for reason, kinds in {
     "a mixture of experts": """
-        afmoe arctic aria_text beam cohere2_moe dbrx deepseek deepseek_v4 dots1 ernie4_5_moe ernie4_5_vl_moe
-        ernie4_5_vl_moe_text exaone_moe flex_olmo flint glm4_moe glm4v_moe glm4v_moe_text gpt_oss granitemoe
-        granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe kolibri1 laguna llama4 llama4_text mellum
-        mimo_v2_flash minimax_m2 minimax_m3_vl minimax_m3_vl_text mixtral muse_spark muse_spark_text olmoe phimoe
-        qwen2_moe qwen3_moe qwen3_omni_moe qwen3_omni_moe_text qwen3_vl_moe qwen3_vl_moe_text solar_open step3p5
-        zaya""",
+        afmoe arctic aria_text beam cohere2_moe dbrx deepseek deepseek_v4 dots1 ernie4_5_moe
+        ernie4_5_vl_moe ernie4_5_vl_moe_text exaone_moe flex_olmo flint glm4_moe glm4v_moe
+        glm4v_moe_text gpt_oss granitemoe granitemoe_swa granitemoeshared hunyuan_v1_moe hy_v3 jetmoe
+        kolibri1 laguna llama4 llama4_text mellum mimo_v2_flash minimax_m2 minimax_m3_vl
+        minimax_m3_vl_text mixtral muse_spark muse_spark_text olmoe phimoe qwen2_moe qwen3_moe
+        qwen3_omni_moe qwen3_omni_moe_text qwen3_vl_moe qwen3_vl_moe_text solar_open step3p5 zaya""",
     "latent attention": """
-        axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note dots3_note_text glm4_moe_lite glm5_next
-        glm5_next_text glm_moe_dsa hy_v4 kimi_k2 longcat_flash minicpm3 mistral4 mistral_large4
-        mistral_large4_text youtu""",
+        axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note dots3_note_text glm4_moe_lite
+        glm5_next glm5_next_text glm_moe_dsa hy_v4 kimi_k2 longcat_flash minicpm3 mistral4
+        mistral_large4 mistral_large4_text youtu""",
     "linear or hybrid attention": """
-        bailing_hybrid kimi_linear minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next
-        qwen4_exp qwen4_exp_text""",
+        bailing_hybrid kimi_linear minimax olmo_hybrid qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text
+        qwen3_next qwen4_exp qwen4_exp_text""",
     "layers of a state-space model": """
         bamba falcon_h1 falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h zamba zamba2""",
     "recurrent layers": "mega recurrent_gemma rwkv xlstm",
@@ -133,12 +137,12 @@ OUT_OF_SCOPE = {kind: reason for reason, kinds in {
     "a norm of the embeddings": "modernbert-decoder",
     "another model to draft for": "gemma4_assistant gemma4_unified_assistant",
     "an encoder and a decoder": """
-        bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian mbart mt5 mvp
-        nllb-moe pegasus pegasus_x plbart prophetnet speech_to_text speech_to_text_2 switch_transformers t5 t5gemma
-        t5gemma2 trocr umt5 whisper xlm-prophetnet""",
+        bart bigbird_pegasus blenderbot blenderbot-small encoder-decoder fsmt led longt5 m2m_100 marian
+        mbart mt5 mvp nllb-moe pegasus pegasus_x plbart prophetnet speech_to_text speech_to_text_2
+        switch_transformers t5 t5gemma t5gemma2 trocr umt5 whisper xlm-prophetnet""",
     "an encoder": """
-        albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert electra ernie
-        esm eurobert fnet funnel ibert longformer megatron-bert mobilebert modernbert mpnet nomic_bert
-        nystromformer qdqbert rembert roberta roberta-prelayernorm roc_bert roformer squeezebert xlm xlm-roberta
-        xlm-roberta-xl xmod yoso""",
+        albert bert bert-generation big_bird camembert data2vec-text deberta deberta-v2 distilbert
+        electra ernie esm eurobert fnet funnel ibert longformer megatron-bert mobilebert modernbert
+        mpnet nomic_bert nystromformer qdqbert rembert roberta roberta-prelayernorm roc_bert roformer
+        squeezebert xlm xlm-roberta xlm-roberta-xl xmod yoso""",
 }.items() for kind in kinds.split()}
