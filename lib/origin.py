@@ -231,7 +231,8 @@ def windows_of_layers(family, rest, n_layer, unrotated):
 def layers_by_rule(family, rest, n_layer, unrotated):
     """The indices of the layers with a window, where layer_types does not say."""
     late = take(family, rest, "max_window_layers")
-    nth = rest.pop("sliding_window_pattern", None) or rest.pop("_sliding_window_pattern", None) or family.windows
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    nth = next(filter(None, [rest.pop(name, None) for name in names]), family.windows)
     if family.windows == "late":
         check(type(late) is int and late >= 0, f"max_window_layers is {late!r}; it must be a number of layers")
         return range(late, n_layer)
