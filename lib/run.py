@@ -147,8 +147,8 @@ def load_base(config, device, dtype):
         return GPT(shape, dtype).to(device), tokenizer
     model = checkpoint.load_base(config.base, dtype, storage_of(config), device)
     tokenizer = data.Tokenizer.load(config.base)
-    has_both = tokenizer.eos is not None and tokenizer.bos is not None
-    if has_both and has_twin(model.head.weight, tokenizer.eos):
+    begins_with_bos = tokenizer.bos is not None and tokenizer.begin == [tokenizer.bos]
+    if begins_with_bos and tokenizer.eos is not None and has_twin(model.head.weight, tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
     tokenizer.ends = data.end_ids(config.base, model.config.vocab_size)
     return model, tokenizer
@@ -157,12 +157,16 @@ def load_base(config, device, dtype):
 def has_twin(table, i):
     """
     Whether another row points where row i points: training has never seen the token, a frozen head cannot
-    tell it apart.
+    tell it apart. The table may be the model's largest tensor, so a part of it at a time is in float32.
     """
     if i >= len(table):
         return False
-    alike = torch.nn.functional.cosine_similarity(table[i].float()[None], table.float())
-    return int((alike > 0.9999).sum()) > 1
+    row = table[i].float()[None]
+    n_alike = 0
+    for rows in table.split(4096):
+        similarity = torch.nn.functional.cosine_similarity(row, rows.float())
+        n_alike += int((similarity > 0.9999).sum())
+    return n_alike > 1
 
 
 def attach_methods(model, tokenizer, config):

@@ -113,3 +113,26 @@ def test_an_end_beyond_the_vocabulary_is_refused(refused, ending, tmp_path):
     shutil.copytree(ending[0] / "base", tmp_path / "base")
     (tmp_path / "base" / "generation_config.json").write_text(json.dumps({"eos_token_id": [106, 100000]}))
     assert "generation_config.json: eos_token_id is 100000, beyond the model's vocabulary of" in refused("sample.py", tmp_path / "base")
+
+
+@pytest.mark.parametrize("begins, end", [(True, 1), (False, 2)])
+def test_an_end_that_the_base_has_never_seen(folders, tmp_path, begins, end):
+    """Its row of the head is another's too: texts end with bos where it divided them, and still stop at both."""
+    shutil.copytree(folders / "base", tmp_path / "base")
+    model = checkpoint.load_base(folders / "base")
+    model.head.weight.data[2] = 2 * model.head.weight.data[0]
+    checkpoint.save_base(model, tmp_path / "base", {"eos_token_id": 2})
+    if not begins:
+        (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False}))
+    _, tokenizer = run.load_base(Config(base=str(tmp_path / "base")), torch.device("cpu"), torch.float32)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.stops) == (1, end, sorted({2, end}))
+    assert tokenizer.encode_completion("the cat")[-1] == end
+
+
+def test_a_twin_is_found_in_every_part_of_the_table():
+    table = torch.randn(9000, 16, generator=torch.Generator().manual_seed(0))
+    assert not run.has_twin(table, 3) and not run.has_twin(table, 9000)
+    for place in (0, 4095, 4096, 8999):
+        doubled = table.clone()
+        doubled[place] = 3 * table[5]
+        assert run.has_twin(doubled, 5) and run.has_twin(doubled, place) and not run.has_twin(doubled, 6)
