@@ -187,11 +187,16 @@ def spelled_in_pieces(tokenizers, special):
     return made
 
 
-def template(tokenizers, made, bos):
-    """The post-processor that puts bos before a text, or nothing where bos is ""."""
+def post_processor(tokenizers, made, bos):
+    """What puts bos before a text, or nothing where bos is "", or does not say where it is None."""
+    spelling = tokenizers.processors.ByteLevel(trim_offsets=False)
+    if bos is None:
+        return spelling
     tokens = [(bos, made.token_to_id(bos))] if bos else []
     single = f"{bos} $A".strip()
-    return tokenizers.processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=tokens)
+    template = tokenizers.processors.TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=tokens)
+    in_pieces = made.token_to_id("<unk>") is not None
+    return template if in_pieces else tokenizers.processors.Sequence([spelling, template])
 
 
 # name: (special tokens, what makes the tokenizer, bos in the template or None for no template, tokenizer_config.json)
@@ -222,7 +227,7 @@ def published(tmp_path_factory):
     root = tmp_path_factory.mktemp("published")
     for name, (special, make, bos, config) in PUBLISHED.items():
         made = make(tokenizers, special)
-        made.post_processor = tokenizers.processors.ByteLevel() if bos is None else template(tokenizers, made, bos)
+        made.post_processor = post_processor(tokenizers, made, bos)
         (root / name).mkdir()
         made.save(str(root / name / "tokenizer.json"))
         (root / name / "tokenizer_config.json").write_text(json.dumps(config))
