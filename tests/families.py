@@ -21,7 +21,7 @@ LONG_FACTORS = [2 * factor for factor in SHORT_FACTORS]
 
 def longrope(n):
     """Phi-3's scaling for n frequencies."""
-    return dict(rope_type="longrope", type="longrope", short_factor=SHORT_FACTORS[:n], long_factor=LONG_FACTORS[:n])
+    return dict(type="longrope", short_factor=SHORT_FACTORS[:n], long_factor=LONG_FACTORS[:n])
 
 
 def opt(**changes):
@@ -165,14 +165,12 @@ transformers.logging.disable_progress_bar()
 V5 = transformers.__version__.startswith("5")
 
 
-def greedy(model, prompt, cached):
-    """20 greedy tokens, and how far the best of the logits stood from the second at least."""
+def greedy(model, prompt):
+    """20 greedy tokens with the cache, and how far the best of the logits stood from the second at least."""
     tokens, past, gap = prompt, None, float("inf")
     for _ in range(20):
-        new = tokens if past is None else tokens[:, -1:]
-        out = model(input_ids=new, past_key_values=past, use_cache=cached)
-        past = out.past_key_values if cached else None
-        best = out.logits[:, -1].topk(2).values
+        out = model(input_ids=tokens if past is None else tokens[:, -1:], past_key_values=past, use_cache=True)
+        past, best = out.past_key_values, out.logits[:, -1].topk(2).values
         gap = min(gap, float((best[:, 0] - best[:, 1]).min()))
         tokens = torch.cat((tokens, out.logits[:, -1].argmax(-1)[:, None]), 1)
     return tokens, gap
@@ -194,7 +192,7 @@ def build(kind, arguments, seed):
         if p.dim() == 1:
             noise = 0.3 if inside or name.endswith("bias") else 1.0
         else:
-            noise = 0.25 if inside else 0.1
+            noise = 0.2 if inside else 0.1
         p.data += noise * torch.randn_like(p)
     return model
 
@@ -208,16 +206,15 @@ def write(folder, kind, arguments):
         low, high = 3, vocab - 4 if kind == "gemma3" else vocab
         tokens = torch.randint(low, high, (2, 23), generator=torch.Generator().manual_seed(seed))
         prompt = tokens[:, :7].contiguous()
-        text, gap = greedy(model, prompt, True)
-        varied = min(len(set(row[7:])) for row in text.tolist())
+        text, gap = greedy(model, prompt)
+        varied = max(len(set(row[7:])) for row in text.tolist())
         inside = kind != "gemma3" or text.max() < vocab - 4
-        if gap < 1e-3 or varied < 3 or not inside:
-            continue
-        again, _ = greedy(model, prompt, False)
-        assert torch.equal(text, again), f"{folder}: the cache of transformers changes the text"
-        break
+        if gap > 2e-4 and varied >= 3 and inside:
+            break
     else:
         raise SystemExit(f"{folder}: no seed gives greedy tokens that leave no doubt")
+    whole = model(input_ids=text[:, :-1]).logits.argmax(-1)
+    assert torch.equal(whole[:, 6:], text[:, 7:]), f"{folder}: the cache of transformers changes the text"
     logits = model(input_ids=tokens).logits
     assert logits.std() > 0.1 and logits.isfinite().all()
     model.save_pretrained(folder)
