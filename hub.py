@@ -90,7 +90,8 @@ def linear_layers(base):
     """{their module of a block: {our layer: rows of its weight}}, top to bottom, of the linear layers."""
     rows = {name: shape[0] for name, shape in shapes_of(base.config).items()}
     return {module: {name: rows[f"blocks.0.{name}.weight"] for name in layers}
-            for module, layers in linear_modules(base.family).items()}
+            for module, layers in linear_modules(base.family).items()
+            if f"blocks.0.{layers[0]}.weight" in rows}           # The family's row may name a gate that others have.
 
 
 def peft_name(base, name):

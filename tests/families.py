@@ -162,6 +162,7 @@ import json, re, sys, torch, transformers
 from pathlib import Path
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)                     # Two threads lose time on models of this size.
 V5 = transformers.__version__.startswith("5")
 
 
@@ -226,4 +227,25 @@ given = json.loads(Path(sys.argv[1]).read_text())
 for name, (kind, arguments) in given["cases"].items():
     seed = write(Path(given["folder"], name), kind, arguments)
     print(name, "seed", seed, flush=True)
+'''
+
+# Reads a list of folders from a file. Leaves logits5.pt (or 4) of the folder's tokens.pt in each of them, or error5.txt
+# where transformers refuses it, lacks a tensor or finds one too many.
+READ = r'''
+import json, sys, traceback, torch, transformers
+from pathlib import Path
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)
+for folder in map(Path, json.loads(Path(sys.argv[1]).read_text())):
+    try:
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True)
+        problems = {key: sorted(map(str, names)) for key, names in told.items() if names}
+        assert not problems, problems
+        with torch.no_grad():
+            logits = model.eval()(input_ids=torch.load(folder / "tokens.pt")).logits
+        torch.save(logits, folder / f"logits{transformers.__version__[0]}.pt")
+    except Exception:
+        (folder / f"error{transformers.__version__[0]}.txt").write_text(traceback.format_exc())
 '''
