@@ -132,6 +132,7 @@ def to_peft(content, base):
     elif method == "prefix":
         check(options["prefix_style"] == "after", "a prefix before the projection has no place in PEFT's layout, which "
               "stores keys and values; train with --prefix_style after")
+        check_prefix(base)
         keys_and_values = torch.cat([tensors[name] for name in prefix_names(base)], 1)
         settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, base)
         settings |= {"prefix_projection": False, "encoder_hidden_size": base.config.n_embd}
@@ -143,6 +144,13 @@ def to_peft(content, base):
         hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
         raise ValueError(f"{method} has no place in PEFT's layout{hint}")
     return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
+
+
+def check_prefix(base):
+    """ValueError where a prefix is another function in PEFT than here."""
+    window = max(base.config.windows, default=0)
+    check(not window, f"a prefix over layers with a window (here of {window} tokens) has no place in PEFT's layout: there it "
+          "falls out of the window, here every token sees it")
 
 
 def virtual_to_peft(kind, embeddings, base):
@@ -257,6 +265,7 @@ def virtual_from_peft(kind, tensors, base):
     check(alone, f"must hold prompt_embeddings (n, width) alone, found {some(tensors)}")
     if kind == "PROMPT_TUNING":
         return "prompt", {"prompt_length": len(P)}, {"embed.P": P / prompt_scale(base)}
+    check_prefix(base)
     keys_and_values = dict(zip(prefix_names(base), P.chunk(2 * base.config.n_layer, 1)))
     return "prefix", {"prefix_length": len(P), "prefix_style": "after"}, keys_and_values
 

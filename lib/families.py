@@ -42,6 +42,7 @@ class Family:
     windows: str | int = "none"
     plain_windows: bool = False
     activations: dict = field(default_factory=dict)      # names that mean another function here
+    rope_keys: dict = field(default_factory=dict)        # rotary keys that have other names here -> their usual names
     scaled_embedding: bool = False      # whether embeddings are multiplied by sqrt(n_embd)
     head: str = "lm_head"         # their name of the head
     transposed: bool = False      # whether the linear layers of the blocks hold their weights as (in, out)
@@ -189,6 +190,7 @@ GPT_NEOX = Family(
     keys=KEYS | {"intermediate_size": "n_ffn", "hidden_act": "activation", "layer_norm_eps": "norm_eps"},
     fixed={"position": "rope", "bias": "up down norm"}, biases=ATTENTION_BIAS, interleaved=True,
     switches={"use_parallel_residual": {"parallel": True}},
+    rope_keys={"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
     defaults={"hidden_act": "gelu", "layer_norm_eps": 1e-5, "rope_theta": 10000.0, "partial_rotary_factor": 0.25,
               "tie_word_embeddings": False, "attention_bias": True, "use_parallel_residual": True},
     modules={"embed_in": "embed.tokens", "final_layer_norm": "norm"},
@@ -209,6 +211,3 @@ ACTIVATION_NAMES = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items(
 # keys whose value is not the field's -> what the field then is
 CONVERSIONS = {"logits_scaling": lambda x: 1 / x, "query_pre_attn_scalar": lambda x: x**-0.5}
 INVERSES = {"logits_scaling": lambda x: 1 / x, "query_pre_attn_scalar": lambda x: round(x**-2)}
-
-# other names of rotary keys -> ours
-ROPE_KEYS = {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}

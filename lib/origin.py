@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES, ROPE_KEYS,
+from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES,
                           Family)
 from lib.files import check, found_in, located, read_json
 from lib.keys import HARMLESS, HARMLESS_AT, OUT_OF_SCOPE, OUT_OF_SCOPE_KEYS, QUANTIZED
@@ -262,7 +262,7 @@ ROPE_KINDS = {                   # kind of scaling -> its keys, beside the gener
 def parse_ropes(family, rest, config):
     """(Rope, Rope of the layers with a window, the context up to which they are exact)."""
     general = {key: rest.pop(key) for key in ROPE_GENERAL if key in rest}
-    for theirs, ours in ROPE_KEYS.items():
+    for theirs, ours in family.rope_keys.items():
         if theirs in rest:
             general = agreeing(general, {ours: rest.pop(theirs)})
     parameters = take_object(rest, "rope_parameters")            # of transformers 5, by kind of layer in some families
@@ -438,6 +438,7 @@ def rope_json(family, config):
     content = {"rope_theta": rope.theta}
     if rope.dim or "partial_rotary_factor" in family.defaults:
         content["partial_rotary_factor"] = (rope.dim or config.d_head) / config.d_head
+    content |= {theirs: content[ours] for theirs, ours in family.rope_keys.items()}
     if local:
         content["rope_local_base_freq"] = local.theta
     if rope.scaling == "none":
