@@ -72,6 +72,8 @@ from lib.origin import read_origin
 #   DoRA      and MODULE.lora_magnitude_vector (out,): of c_attn m_q, m_k and m_v, one after the other
 #   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
 #   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
+#   embed, head, norm     MODULE.weight and MODULE.bias beside LoRA or (IA)3, MODULE in modules_to_save. Where head and
+#             embedding are tied both are there and equal
 #   prompt    prompt_embeddings (n, n_embd)
 #   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
 #             its values at 2 l + 1
@@ -116,6 +118,25 @@ def bias_names(base):
     return {peft_name(base, theirs): ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
 
 
+WHOLE = {"embed", "head", "norm"}      # methods that train modules whole, which PEFT calls modules_to_save
+
+
+def whole_names(base):
+    """{PEFT's name: our name} of the tensors that these methods train."""
+    names = {}
+    for theirs, (ours, _) in layout(base.family, shapes_of(base.config)).items():
+        if ours[0] in (peft.TABLE, "head.weight") or peft.is_norm(ours[0]):
+            names[peft_name(base, theirs)] = ours[0]
+    if base.config.tied:
+        names[head_name(base)] = peft.TABLE
+    return names
+
+
+def head_name(base):
+    """PEFT's name of the head's weight."""
+    return peft_name(base, f"{base.family.head}.weight")
+
+
 def prompt_scale(base):
     """What a prompt's vectors are multiplied by where they enter the model here and do not in PEFT: there they stand
     behind the module of the embedding, which scales its own."""
@@ -126,6 +147,7 @@ def to_peft(content, base):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for what PEFT has no place for."""
     method, options, tensors = content["method"], content["options"], content["tensors"]
     methods = set(method.split("+"))
+    others = methods - WHOLE
     if method == "prompt":
         settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"] * prompt_scale(base), base)
     elif method == "prefix":
@@ -134,14 +156,36 @@ def to_peft(content, base):
         keys_and_values = torch.cat([tensors[name] for name in prefix_names(base)], 1)
         settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, base)
         settings |= {"prefix_projection": False, "encoder_hidden_size": base.config.n_embd}
-    elif method == "ia3":
+    elif others == {"ia3"}:
         settings, out = ia3_to_peft(tensors, base)
-    elif methods - {"bitfit"} in ({"lora"}, {"dora"}, set()):
-        settings, out = lora_to_peft(methods, options, tensors, base)
+    elif others - {"bitfit"} in ({"lora"}, {"dora"}, set()):
+        settings, out = lora_to_peft(others, options, tensors, base)
     else:
         hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
         raise ValueError(f"{method} has no place in PEFT's layout{hint}")
+    if methods & WHOLE:
+        more, whole = whole_to_peft(methods, settings["peft_type"], tensors, base)
+        settings, out = settings | more, out | whole
     return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
+
+
+def whole_to_peft(methods, kind, tensors, base):
+    """(more of an adapter_config of that peft_type, tensors) of the modules that are trained whole."""
+    whole = {}
+    for theirs, ours in whole_names(base).items():
+        is_norm = peft.is_norm(ours)
+        if ours not in tensors or is_norm and "norm" not in methods:     # BitFit trains the norms' biases alone.
+            continue
+        by_head = is_norm and tensors[ours].dim() == 2
+        check(not by_head, f"{ours} holds a weight for each head, for which PEFT's layout has no place here")
+        whole[theirs] = tensors[ours]
+    modules = dict.fromkeys(theirs.rpartition(".")[0].removeprefix("base_model.model.") for theirs in whole)
+    if not base.wrapped:                         # PEFT takes every module whose name ends so
+        modules = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+    settings = {"modules_to_save": list(modules)}
+    if kind == "LORA":
+        settings["ensure_weight_tying"] = base.config.tied and head_name(base) in whole
+    return settings, whole
 
 
 def virtual_to_peft(kind, embeddings, base):
@@ -169,8 +213,8 @@ def ia3_to_peft(tensors, base):
 
 
 def lora_to_peft(methods, options, tensors, base):
-    """(adapter_config, tensors) of LoRA or DoRA, of BitFit, or of both."""
-    if methods == {"bitfit"}:      # PEFT trains biases beside a LoRA, which is here one of zeros on the queries
+    """(adapter_config, tensors) of LoRA or DoRA, of BitFit, of both, or of neither."""
+    if methods <= {"bitfit"}:      # PEFT trains the base beside a LoRA, which is here one of zeros on the queries
         options = {"rank": 1, "alpha": 1.0, "rslora": False}
         A, B = torch.zeros(1, base.config.n_embd), torch.zeros(base.config.n_head * base.config.d_head, 1)
         for i in range(base.config.n_layer):
@@ -223,7 +267,7 @@ KNOWN = set("""
     num_transformer_submodules prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path
     tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora use_dora
     rank_pattern alpha_pattern feedforward_modules layers_pattern random_init
-    encoder_reparameterization_type qalora_group_size
+    encoder_reparameterization_type qalora_group_size modules_to_save ensure_weight_tying
 """.split())
 
 
@@ -240,13 +284,42 @@ def from_peft(folder, base):
             harmless = key in KNOWN or value in (None, False, [], {}, "")
             check(harmless, f"{key} is {value!r}, which this code does not know")
         kind = settings.get("peft_type")
-        if kind == "LORA":
-            return lora_from_peft(settings, tensors, base)
-        if kind == "IA3":
-            return ia3_from_peft(tensors, base)
         if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
             return virtual_from_peft(kind, tensors, base)
-        raise ValueError(f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+        check(kind in ("LORA", "IA3"), f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+        whole = take_whole(settings, tensors, base)
+        if kind == "LORA":
+            method, options, out = lora_from_peft(settings, tensors, base, whole)
+        else:
+            method, options, out = ia3_from_peft(tensors, base)
+        names = {"norm" if peft.is_norm(name) else name.partition(".")[0] for name in whole}
+        method = "+".join([*filter(None, [method]), *(name for name in peft.METHODS if name in names)])
+        return method, options, out | whole
+
+
+def take_whole(settings, tensors, base):
+    """Takes what embed, head and norm train out of `tensors`: {our name: tensor}. The norms' biases alone are left: they
+    are BitFit's."""
+    whole = {}
+    there = {theirs: ours for theirs, ours in whole_names(base).items() if theirs in tensors}
+    for module in settings.get("modules_to_save") or ():
+        found = any(theirs.rpartition(".")[0].endswith(module) for theirs in there)
+        check(found, f"modules_to_save names {module!r}, of which no tensor is there that this code can read")
+    has_norms = any(peft.is_norm(ours) and ours.endswith(".weight") for ours in there.values())
+    tables = [theirs for theirs, ours in there.items() if ours == peft.TABLE]
+    if base.config.tied and tables:
+        together = len(tables) == 2 and torch.equal(*map(tensors.get, tables))
+        check(together, "embedding and head were trained apart, but this base has one table for both; train with "
+              "ensure_weight_tying, or over a base that does not tie them")
+    for theirs, ours in there.items():
+        if peft.is_norm(ours) and not has_norms:
+            continue
+        t = whole[ours] = tensors.pop(theirs)
+        rows, wanted = len(t), base.config.vocab_size
+        is_table = ours in (peft.TABLE, "head.weight")
+        check(not is_table or rows == wanted, f"{theirs} has {rows} rows for tokens, this base {wanted}; an adapter with added "
+              "tokens cannot be read: merge it where it was made, and take the result as the base")
+    return whole
 
 
 def virtual_from_peft(kind, tensors, base):
@@ -294,8 +367,8 @@ def ia3_from_peft(tensors, base):
     return "ia3", {}, out
 
 
-def lora_from_peft(settings, tensors, base):
-    """(method, options, tensors) of LoRA, DoRA or BitFit.
+def lora_from_peft(settings, tensors, base, whole):
+    """(method, options, tensors) of LoRA, DoRA or BitFit. whole: what is trained beside them (take_whole).
 
     One rank and one scale are for all here: a smaller rank is filled up with zeros, another scale goes into B.
     """
@@ -322,8 +395,8 @@ def lora_from_peft(settings, tensors, base):
             if suffix == "lora_B":
                 part = F.pad(part * (peft.scale_of(own) / s), (0, padding))
             out[f"blocks.{i}.{name}.{LORA_SUFFIXES[suffix]}"] = part
-    if biases and not any(t.any() for name, t in out.items() if name.endswith(".B")):
-        return "bitfit", {}, biases
+    if (biases or whole) and not any(t.any() for name, t in out.items() if name.endswith(".B")):
+        return "bitfit" if biases else "", {}, biases
     dora = settings.get("use_dora", False)
     magnitudes = sum(name.endswith(".m") for name in out)
     check(bool(dora) == bool(magnitudes), f"use_dora is {dora!r}, but {magnitudes} magnitude vectors are there")
@@ -512,7 +585,8 @@ def merge_run(run, path, requantize=False):
     possible = not requantize or runs.storage_of(config)
     check(possible, f"{run}: its base is not quantized; merge it without --requantize")
     report = peft.merge(model, requantize)
-    save_base(model, path)
+    # A model that was trained whole is written as it was trained.
+    save_base(model, path, {"vocab_size": model.config.vocab_size}, None if "full" in peft.methods(model) else model.dtype)
     tokenizer.save(path)
     return report
 
