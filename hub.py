@@ -14,7 +14,7 @@ Nothing that is there already is written over.
 import argparse
 import sys
 
-from lib.config import Config, read_run_config, run_main, write_toml
+from lib.config import FIELDS, METHOD_OPTIONS, Config, convert, read_run_config, run_main, write_toml
 
 
 def parse(args):
@@ -503,6 +503,76 @@ def from_adapterhub(folder, base):
 
 
 # -----------------------------------------------------------------------------
+# what a new run starts from
+
+OF_THE_RUN = ("base", "quant", "quant_block", "quant_double", "quant_skip", "add_tokens")    # what it takes over
+
+
+def read_start(path, base):
+    """
+    (Config or None, adapter's content) of what a new run can start from: a run's folder, an adapter's file, or a folder in
+    PEFT's or AdapterHub's layout, for `base`. Only a run has a Config; a foreign layout's content names no base.
+    """
+    folder = Path(path)
+    check(folder.exists(), f"{path}: nothing is there to start from")
+    config = None
+    if folder.is_file():
+        content = peft.read_adapter(path)
+    elif (folder / "config.toml").is_file():
+        config, content = read_run(folder)
+        check(config.base != "new", f"{path}: trained a model from nothing, which is a base now: --base {path}")
+    else:
+        whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+        check(not whole, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")
+        check(base, f"{path}: an adapter alone; --base DIR must name the model that it is for")
+        method, options, tensors = read_layout(path, base)
+        content = {"method": method, "options": options, "base": None, "tensors": tensors}
+    methods = peft.method_names(content["method"])
+    defaults = {name: value for method in methods for name, value in peft.options_of(peft.METHODS[method]).items()}
+    flags = {name: value for name, value in defaults.items() if value is not None}
+    return config, content | {"method": "+".join(methods), "options": flags | content["options"]}
+
+
+def adopted(config):
+    """
+    (configuration, adapter's content or None) where init_from names an adapter: its methods and their options
+    are the new run's, and a run's base and storage too where no others are given.
+    """
+    if not config.init_from or config.resume:
+        return config, None
+    path, given = config.init_from, config.given
+    for name in ("add_tokens", "prompt_init"):
+        check(not getattr(config, name), f"{name} is for a new adapter; this run starts from {path}")
+    before, content = read_start(path, config.base)
+    method = method_of(config, before, content)
+    options = {name: convert(name, value, path) for name, value in content["options"].items()}
+    for name in sorted(given & METHOD_OPTIONS.keys()):
+        ours, theirs = getattr(config, name), options.get(name, "no option of its method")
+        check(ours == theirs, f"{path}: {name} is {theirs!r} there and cannot become {ours!r}")
+    taken = {}
+    for name in OF_THE_RUN if before else ():
+        if name not in given and getattr(config, name) == FIELDS[name].default:
+            taken[name] = getattr(before, name)
+    config = dataclasses.replace(config, method=method, **options | taken)
+    check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
+    return config, content
+
+
+def method_of(config, before, content):
+    """The run's method: as it is given, else as in the run before, else as in the adapter, which must be the same."""
+    def plain(method):
+        return set(method.replace("qlora", "lora").split("+"))   # A quantized base changes nothing in the adapter.
+
+    theirs = before.method if before else content["method"]
+    check(plain(theirs) == plain(content["method"]), f"{config.init_from}: config.toml says {theirs}, adapter.pt {content['method']}")
+    if not config.given & {"method", "train_also"}:
+        return theirs
+    same = plain(config.method) == plain(theirs)
+    check(same, f"{config.init_from}: method is {theirs!r} there and cannot become {config.method!r}")
+    return config.method
+
+
+# -----------------------------------------------------------------------------
 # doors
 
 
@@ -544,15 +614,23 @@ def export(run, path, layout="peft", name="nanopeft"):
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "pytorch_adapter.bin", torch_bytes({name: t.clone() for name, t in tensors.items()}))
     write_json(path / "adapter_config.json", settings)
+    if config.add_tokens:
+        data.Tokenizer.load(run).save(path)
     return settings
+
+
+def read_layout(path, base):
+    """(method, options, tensors) of a folder in PEFT's or AdapterHub's layout, for the base in a folder."""
+    file = Path(path, "adapter_config.json")
+    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
+    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
+    return read(path, read_origin(base))
 
 
 def import_adapter(path, base, out):
     """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`; returns the model."""
-    out, file = unused(out), Path(path, "adapter_config.json")
-    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
-    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
-    method, options, tensors = read(path, read_origin(base))
+    out = unused(out)
+    method, options, tensors = read_layout(path, base)
     model = load_base(base)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
@@ -630,6 +708,10 @@ def main(args):
     elif args.command == "export":
         settings = export(args.run, args.folder, args.layout, args.name)
         print(f"{args.folder}: {settings.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
+        if read_run_config(args.run).add_tokens:
+            rows = len(peft.read_adapter(Path(args.run, "adapter.pt"))["tensors"][peft.TABLE])
+            print(f"Its tables have rows for added tokens: call model.resize_token_embeddings({rows}) before "
+                  "PeftModel.from_pretrained; the tokenizer that knows them is in the folder, too.")
     elif args.command == "import":
         counts = peft.count_parameters(import_adapter(args.folder, args.base, args.run))
         print(f"{args.run}: {' and '.join(counts['by_method'])}, {counts['trainable']:,} parameters; {next_line(args.run)}")
