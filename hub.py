@@ -72,8 +72,8 @@ from lib.origin import read_origin
 #   DoRA      and MODULE.lora_magnitude_vector (out,): of c_attn m_q, m_k and m_v, one after the other
 #   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
 #   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
-#   embed, head, norm     MODULE.weight and MODULE.bias beside LoRA or (IA)3, MODULE in modules_to_save. Where head and
-#             embedding are tied both are there and equal
+#   embed, head, norm     MODULE.weight and .bias beside LoRA or (IA)3, MODULE in modules_to_save; of a
+#             tied head and its embedding both are there, and equal
 #   prompt    prompt_embeddings (n, n_embd)
 #   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
 #             its values at 2 l + 1
@@ -522,15 +522,17 @@ def read_start(path, base):
         config, content = read_run(folder)
         check(config.base != "new", f"{path}: trained a model from nothing, which is a base now: --base {path}")
     else:
-        whole = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
-        check(not whole, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")
+        is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+        check(not is_model, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")
         check(base, f"{path}: an adapter alone; --base DIR must name the model that it is for")
         method, options, tensors = read_layout(path, base)
         content = {"method": method, "options": options, "base": None, "tensors": tensors}
     methods = peft.method_names(content["method"])
-    defaults = {name: value for method in methods for name, value in peft.options_of(peft.METHODS[method]).items()}
-    flags = {name: value for name, value in defaults.items() if value is not None}
-    return config, content | {"method": "+".join(methods), "options": flags | content["options"]}
+    options = {}
+    for method in methods:
+        defaults = peft.options_of(peft.METHODS[method])
+        options |= {name: value for name, value in defaults.items() if value is not None}
+    return config, content | {"method": "+".join(methods), "options": options | content["options"]}
 
 
 def adopted(config):
@@ -555,6 +557,9 @@ def adopted(config):
             taken[name] = getattr(before, name)
     config = dataclasses.replace(config, method=method, **options | taken)
     check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
+    rows = len(content["tensors"].get(peft.TABLE, ()))
+    known = rows <= read_origin(config.base).config.vocab_size or config.add_tokens
+    check(known, f"{path}: has {rows} rows for tokens, more than its base; start from its run's folder, which holds their tokenizer")
     return config, content
 
 

@@ -38,7 +38,7 @@ from lib.files import check, combine_hashes, read_file, sample_hash, save_file, 
 class Attached:
     """What the methods have done to a model. It lies in model.attached, which is None where no method is."""
     methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
-    unfrozen: list = field(default_factory=list)    # (parameter of the base, method, copy of its old value on the host)
+    unfrozen: list = field(default_factory=list)    # (parameter of the base, method, old value on the host)
     replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None)
     merged: list | None = None                      # the same of the layers that merge has replaced
 
@@ -540,7 +540,7 @@ def add_prompt(
 
 
 # -----------------------------------------------------------------------------
-# selective: BitFit, the last layers, everything; tables and norms, which are mostly trained beside another method
+# selective: BitFit, the last layers, everything; tables and norms, mostly beside another method
 
 
 def add_bitfit(model):

@@ -80,7 +80,7 @@ class Knobs:
     fsdp: bool = False                # divide the frozen base among the processes (torchrun)
     seed: int = 1                     # of everything that is drawn
 
-    given = frozenset()               # names of the knobs and options that a file or a flag has set (no field)
+    given = frozenset()               # what a file or a flag has set, by name; not a field
 
     def __post_init__(self):
         for names, lowest, limit, rule in RANGES:

@@ -382,6 +382,40 @@ def test_configurations_that_are_refused(bases, tmp_path, change, words):
     assert not (tmp_path / "again").exists()
 
 
+def edit_tensors(folder, change):
+    """Rewrites a folder in PEFT's layout after change({name: tensor})."""
+    tensors = dict(files.read_tensors(folder / "adapter_model.safetensors"))
+    change(tensors)
+    files.write_safetensors(folder / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+
+
+def test_tables_that_peft_trained_apart(bases, tmp_path):
+    make_run(bases["gpt2"], tmp_path / "run", "lora+embed", {})
+    hub.export(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said["modules_to_save"] == ["wte", "lm_head"] and said["ensure_weight_tying"] is True
+    head = "base_model.model.lm_head.weight"
+    edit_tensors(tmp_path / "out", lambda tensors: tensors[head].add_(1))
+    with pytest.raises(ValueError, match="embedding and head were trained apart, but this base has one table for both"):
+        hub.import_adapter(tmp_path / "out", bases["gpt2"], tmp_path / "again")
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.pop(head))
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(said | {"modules_to_save": ["wte"]}))
+    with pytest.raises(ValueError, match="trained apart"):
+        hub.import_adapter(tmp_path / "out", bases["gpt2"], tmp_path / "again")
+    model = GPT(tiny("stablelm"))
+    peft.apply(model, "lora+norm", rank=2)
+    with pytest.raises(ValueError, match="a weight for each head, for which PEFT's layout has no place here"):
+        hub.to_peft(peft.pack_adapter(model), origin.new_origin(model.config))
+
+
+def test_a_checkpoint_is_of_the_runs_type_however_its_tables_were_trained(bases, tmp_path):
+    make_run(bases["llama"], tmp_path / "run", "lora+embed+head", {})
+    config = dataclasses.replace(Config(**read_toml(tmp_path / "run" / "config.toml")), dtype="bfloat16")
+    (tmp_path / "run" / "config.toml").write_text(write_toml(config))
+    hub.merge_run(tmp_path / "run", tmp_path / "merged")
+    assert {t.dtype for _, t in files.read_tensors(tmp_path / "merged")} == {torch.bfloat16}
+
+
 def test_folders_that_are_refused(bases, tmp_path, refused):
     make_run(bases["gpt2"], tmp_path / "run", "lora", {})
     hub.export(tmp_path / "run", tmp_path / "out")

@@ -148,6 +148,14 @@ def test_starts_that_are_refused(world, tmp_path, refused):
     assert not list(tmp_path.glob("out/*/config.toml"))
 
 
+def test_an_adapter_with_tokens_needs_its_run(world, tmp_path, refused):
+    trained(world, tmp_path / "a", method="lora", add_tokens=str(world / "new.txt"))
+    flags = ["--base", world / "gpt2", "--data", world / "data.jsonl"]
+    assert "start from its run's folder, which holds their tokenizer" in refused("train.py", "--init_from", "a/adapter.pt", *flags, cwd=tmp_path)
+    hub.export(tmp_path / "a", tmp_path / "peft")
+    assert "an adapter with added tokens cannot be read" in refused("train.py", "--init_from", "peft", *flags, cwd=tmp_path)
+
+
 def test_what_is_given_and_agrees_is_taken(world, tmp_path):
     trained(world, tmp_path / "a", method="lora", rank=3)
     second, _ = started(world, tmp_path / "b", "--init_from", tmp_path / "a", "--rank", 3, "--method", "qlora")

@@ -15,7 +15,9 @@ from model import GPT, PRESETS
 from lib import checkpoint, files
 
 SINGLE = [name for name in peft.METHODS if name != "qlora"]
-COMBINATIONS = ["+".join(names) for n in (1, 2) for names in itertools.combinations(SINGLE, n) if len(set(names) & set(peft.LORA_KIN)) < 2]
+WHOLE = ["embed", "head", "norm"]           # beside another method all at once, because each of them more would take minutes
+COMBINATIONS = SINGLE + ["+".join(pair) for pair in itertools.combinations([name for name in SINGLE if name not in WHOLE], 2) if len(set(pair) & set(peft.LORA_KIN)) < 2]
+COMBINATIONS += ["+".join([name, *WHOLE]) for name in ("full", "top", "bitfit", "lora", "prompt")] + ["embed+head"]
 SMALL = dict(rank=2, adapter_size=4, prefix_length=3, prompt_length=3, top_k=1)
 TOKENS = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(0))
 
