@@ -341,9 +341,11 @@ class Tokenizer:
         return cls(model.encode, model.decode, model.vocab_size(), special, files)
 
     @classmethod
-    def from_json(cls, path):
-        """From tokenizer.json, or from vocab.json with merges.txt beside it."""
+    def from_json(cls, path, new_tokens=()):
+        """From tokenizer.json, or from vocab.json with merges.txt beside it. new_tokens are added to
+        it; ValueError where it has one already."""
         inner = read_tokenizer(path)
+        add_tokens(inner, new_tokens, path)
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True       # "<|endoftext|>" in a text is text, not the end
@@ -423,6 +425,15 @@ def read_tokenizer(path):
         return inner
     except Exception as error:                                   # the package raises bare Exception
         raise ValueError(f"{path}: not a tokenizer: {shortened(str(error), 200)}") from None
+
+
+def add_tokens(inner, tokens, path):
+    """Adds tokens to the tokenizers package's object. They are found wherever they stand in a text."""
+    known = inner.get_vocab()
+    there = [repr(token) for token in tokens if token in known]
+    check(not there, f"{path}: has {some(there)} already; only new tokens can be added")
+    make = tokenizers_package().AddedToken
+    inner.add_tokens([make(token, special=False, normalized=False) for token in tokens])
 
 
 def parse_pieces(content):

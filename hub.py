@@ -14,7 +14,7 @@ Nothing that is there already is written over.
 import argparse
 import sys
 
-from lib.config import Config, read_run_config, run_main, write_toml
+from lib.config import FIELDS, METHOD_OPTIONS, Config, convert, read_run_config, run_main, write_toml
 
 
 def parse(args):
@@ -72,6 +72,8 @@ from lib.origin import read_origin
 #   DoRA      and MODULE.lora_magnitude_vector (out,): of c_attn m_q, m_k and m_v, one after the other
 #   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
 #   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
+#   embed, head, norm     MODULE.weight and .bias beside LoRA or (IA)3, MODULE in modules_to_save; of a
+#             tied head and its embedding both are there, and equal
 #   prompt    prompt_embeddings (n, n_embd)
 #   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
 #             its values at 2 l + 1
@@ -117,6 +119,25 @@ def bias_names(base):
     return {peft_name(base, theirs): ours for theirs, (ours, _) in tensors if theirs.endswith(".bias")}
 
 
+WHOLE = {"embed", "head", "norm"}      # methods that train modules whole, which PEFT calls modules_to_save
+
+
+def whole_names(base):
+    """{PEFT's name: our name} of the tensors that these methods train."""
+    names = {}
+    for theirs, (ours, _) in layout(base.family, shapes_of(base.config)).items():
+        if ours[0] in (peft.TABLE, "head.weight") or peft.is_norm(ours[0]):
+            names[peft_name(base, theirs)] = ours[0]
+    if base.config.tied:
+        names[head_name(base)] = peft.TABLE
+    return names
+
+
+def head_name(base):
+    """PEFT's name of the head's weight."""
+    return peft_name(base, f"{base.family.head}.weight")
+
+
 def prompt_scale(base):
     """What a prompt's vectors are multiplied by where they enter the model here and do not in PEFT: there they stand
     behind the module of the embedding, which scales its own."""
@@ -127,6 +148,7 @@ def to_peft(content, base):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for what PEFT has no place for."""
     method, options, tensors = content["method"], content["options"], content["tensors"]
     methods = set(method.split("+"))
+    others = methods - WHOLE
     if method == "prompt":
         settings, out = virtual_to_peft("PROMPT_TUNING", tensors["embed.P"] * prompt_scale(base), base)
     elif method == "prefix":
@@ -136,13 +158,16 @@ def to_peft(content, base):
         keys_and_values = torch.cat([tensors[name] for name in prefix_names(base)], 1)
         settings, out = virtual_to_peft("PREFIX_TUNING", keys_and_values, base)
         settings |= {"prefix_projection": False, "encoder_hidden_size": base.config.n_embd}
-    elif method == "ia3":
+    elif others == {"ia3"}:
         settings, out = ia3_to_peft(tensors, base)
-    elif methods - {"bitfit"} in ({"lora"}, {"dora"}, set()):
-        settings, out = lora_to_peft(methods, options, tensors, base)
+    elif others - {"bitfit"} in ({"lora"}, {"dora"}, set()):
+        settings, out = lora_to_peft(others, options, tensors, base)
     else:
         hint = "".join(hint for other, hint in ELSEWHERE.items() if other in methods)
         raise ValueError(f"{method} has no place in PEFT's layout{hint}")
+    if methods & WHOLE:
+        more, whole = whole_to_peft(methods, settings["peft_type"], tensors, base)
+        settings, out = settings | more, out | whole
     return {"task_type": "CAUSAL_LM", "inference_mode": True} | settings, out
 
 
@@ -151,6 +176,25 @@ def check_prefix(base):
     window = max(base.config.windows, default=0)
     check(not window, f"a prefix over layers with a window (here of {window} tokens) has no place in PEFT's layout: there it "
           "falls out of the window, here every token sees it")
+
+
+def whole_to_peft(methods, kind, tensors, base):
+    """(more of an adapter_config of that peft_type, tensors) of the modules that are trained whole."""
+    whole = {}
+    for theirs, ours in whole_names(base).items():
+        is_norm = peft.is_norm(ours)
+        if ours not in tensors or is_norm and "norm" not in methods:     # BitFit trains the norms' biases alone.
+            continue
+        by_head = is_norm and tensors[ours].dim() == 2
+        check(not by_head, f"{ours} holds a weight for each head, for which PEFT's layout has no place here")
+        whole[theirs] = tensors[ours]
+    modules = dict.fromkeys(theirs.rpartition(".")[0].removeprefix("base_model.model.") for theirs in whole)
+    if not base.wrapped:                         # PEFT takes every module whose name ends so
+        modules = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+    settings = {"modules_to_save": list(modules)}
+    if kind == "LORA":
+        settings["ensure_weight_tying"] = base.config.tied and head_name(base) in whole
+    return settings, whole
 
 
 def virtual_to_peft(kind, embeddings, base):
@@ -178,8 +222,8 @@ def ia3_to_peft(tensors, base):
 
 
 def lora_to_peft(methods, options, tensors, base):
-    """(adapter_config, tensors) of LoRA or DoRA, of BitFit, or of both."""
-    if methods == {"bitfit"}:      # PEFT trains biases beside a LoRA, which is here one of zeros on the queries
+    """(adapter_config, tensors) of LoRA or DoRA, of BitFit, of both, or of neither."""
+    if methods <= {"bitfit"}:      # PEFT trains the base beside a LoRA, which is here one of zeros on the queries
         options = {"rank": 1, "alpha": 1.0, "rslora": False}
         A, B = torch.zeros(1, base.config.n_embd), torch.zeros(base.config.n_head * base.config.d_head, 1)
         for i in range(base.config.n_layer):
@@ -232,7 +276,7 @@ KNOWN = set("""
     num_transformer_submodules prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path
     tokenizer_kwargs encoder_hidden_size r lora_alpha target_modules fan_in_fan_out bias use_rslora use_dora
     rank_pattern alpha_pattern feedforward_modules layers_pattern random_init
-    encoder_reparameterization_type qalora_group_size
+    encoder_reparameterization_type qalora_group_size modules_to_save ensure_weight_tying
 """.split())
 
 
@@ -249,13 +293,42 @@ def from_peft(folder, base):
             harmless = key in KNOWN or value in (None, False, [], {}, "")
             check(harmless, f"{key} is {value!r}, which this code does not know")
         kind = settings.get("peft_type")
-        if kind == "LORA":
-            return lora_from_peft(settings, tensors, base)
-        if kind == "IA3":
-            return ia3_from_peft(tensors, base)
         if kind in ("PROMPT_TUNING", "PREFIX_TUNING"):
             return virtual_from_peft(kind, tensors, base)
-        raise ValueError(f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+        check(kind in ("LORA", "IA3"), f"peft_type is {kind!r}; LORA, IA3, PROMPT_TUNING and PREFIX_TUNING can be read")
+        whole = take_whole(settings, tensors, base)
+        if kind == "LORA":
+            method, options, out = lora_from_peft(settings, tensors, base, whole)
+        else:
+            method, options, out = ia3_from_peft(tensors, base)
+        names = {"norm" if peft.is_norm(name) else name.partition(".")[0] for name in whole}
+        method = "+".join([*filter(None, [method]), *(name for name in peft.METHODS if name in names)])
+        return method, options, out | whole
+
+
+def take_whole(settings, tensors, base):
+    """Takes what embed, head and norm train out of `tensors`: {our name: tensor}. The norms' biases alone are left: they
+    are BitFit's."""
+    whole = {}
+    there = {theirs: ours for theirs, ours in whole_names(base).items() if theirs in tensors}
+    for module in settings.get("modules_to_save") or ():
+        found = any(theirs.rpartition(".")[0].endswith(module) for theirs in there)
+        check(found, f"modules_to_save names {module!r}, of which no tensor is there that this code can read")
+    has_norms = any(peft.is_norm(ours) and ours.endswith(".weight") for ours in there.values())
+    tables = [theirs for theirs, ours in there.items() if ours == peft.TABLE]
+    if base.config.tied and tables:
+        together = len(tables) == 2 and torch.equal(*map(tensors.get, tables))
+        check(together, "embedding and head were trained apart, but this base has one table for both; train with "
+              "ensure_weight_tying, or over a base that does not tie them")
+    for theirs, ours in there.items():
+        if peft.is_norm(ours) and not has_norms:
+            continue
+        t = whole[ours] = tensors.pop(theirs)
+        rows, wanted = len(t), base.config.vocab_size
+        is_table = ours in (peft.TABLE, "head.weight")
+        check(not is_table or rows == wanted, f"{theirs} has {rows} rows for tokens, this base {wanted}; an adapter with added "
+              "tokens cannot be read: merge it where it was made, and take the result as the base")
+    return whole
 
 
 def virtual_from_peft(kind, tensors, base):
@@ -304,8 +377,8 @@ def ia3_from_peft(tensors, base):
     return "ia3", {}, out
 
 
-def lora_from_peft(settings, tensors, base):
-    """(method, options, tensors) of LoRA, DoRA or BitFit.
+def lora_from_peft(settings, tensors, base, whole):
+    """(method, options, tensors) of LoRA, DoRA or BitFit. whole: what is trained beside them (take_whole).
 
     One rank and one scale are for all here: a smaller rank is filled up with zeros, another scale goes into B.
     """
@@ -332,8 +405,8 @@ def lora_from_peft(settings, tensors, base):
             if suffix == "lora_B":
                 part = F.pad(part * (peft.scale_of(own) / s), (0, padding))
             out[f"blocks.{i}.{name}.{LORA_SUFFIXES[suffix]}"] = part
-    if biases and not any(t.any() for name, t in out.items() if name.endswith(".B")):
-        return "bitfit", {}, biases
+    if (biases or whole) and not any(t.any() for name, t in out.items() if name.endswith(".B")):
+        return "bitfit" if biases else "", {}, biases
     dora = settings.get("use_dora", False)
     magnitudes = sum(name.endswith(".m") for name in out)
     check(bool(dora) == bool(magnitudes), f"use_dora is {dora!r}, but {magnitudes} magnitude vectors are there")
@@ -440,6 +513,81 @@ def from_adapterhub(folder, base):
 
 
 # -----------------------------------------------------------------------------
+# what a new run starts from
+
+OF_THE_RUN = ("base", "quant", "quant_block", "quant_double", "quant_skip", "add_tokens")    # what it takes over
+
+
+def read_start(path, base):
+    """
+    (Config or None, adapter's content) of what a new run can start from: a run's folder, an adapter's file, or a folder in
+    PEFT's or AdapterHub's layout, for `base`. Only a run has a Config; a foreign layout's content names no base.
+    """
+    folder = Path(path)
+    check(folder.exists(), f"{path}: nothing is there to start from")
+    config = None
+    if folder.is_file():
+        content = peft.read_adapter(path)
+    elif (folder / "config.toml").is_file():
+        config, content = read_run(folder)
+        check(config.base != "new", f"{path}: trained a model from nothing, which is a base now: --base {path}")
+    else:
+        is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+        check(not is_model, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")
+        check(base, f"{path}: an adapter alone; --base DIR must name the model that it is for")
+        method, options, tensors = read_layout(path, base)
+        content = {"method": method, "options": options, "base": None, "tensors": tensors}
+    methods = peft.method_names(content["method"])
+    options = {}
+    for method in methods:
+        defaults = peft.options_of(peft.METHODS[method])
+        options |= {name: value for name, value in defaults.items() if value is not None}
+    return config, content | {"method": "+".join(methods), "options": options | content["options"]}
+
+
+def adopted(config):
+    """
+    (configuration, adapter's content or None) where init_from names an adapter: its methods and their options
+    are the new run's, and a run's base and storage too where no others are given.
+    """
+    if not config.init_from or config.resume:
+        return config, None
+    path, given = config.init_from, config.given
+    for name in ("add_tokens", "prompt_init"):
+        check(not getattr(config, name), f"{name} is for a new adapter; this run starts from {path}")
+    before, content = read_start(path, config.base)
+    method = method_of(config, before, content)
+    options = {name: convert(name, value, path) for name, value in content["options"].items()}
+    for name in sorted(given & METHOD_OPTIONS.keys()):
+        ours, theirs = getattr(config, name), options.get(name, "no option of its method")
+        check(ours == theirs, f"{path}: {name} is {theirs!r} there and cannot become {ours!r}")
+    taken = {}
+    for name in OF_THE_RUN if before else ():
+        if name not in given and getattr(config, name) == FIELDS[name].default:
+            taken[name] = getattr(before, name)
+    config = dataclasses.replace(config, method=method, **options | taken)
+    check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
+    rows = len(content["tensors"].get(peft.TABLE, ()))
+    known = rows <= read_origin(config.base).config.vocab_size or config.add_tokens
+    check(known, f"{path}: has {rows} rows for tokens, more than its base; start from its run's folder, which holds their tokenizer")
+    return config, content
+
+
+def method_of(config, before, content):
+    """The run's method: as it is given, else as in the run before, else as in the adapter, which must be the same."""
+    def plain(method):
+        return set(method.replace("qlora", "lora").split("+"))   # A quantized base changes nothing in the adapter.
+
+    theirs = before.method if before else content["method"]
+    check(plain(theirs) == plain(content["method"]), f"{config.init_from}: config.toml says {theirs}, adapter.pt {content['method']}")
+    if not config.given & {"method", "train_also"}:
+        return theirs
+    same = plain(config.method) == plain(theirs)
+    check(same, f"{config.init_from}: method is {theirs!r} there and cannot become {config.method!r}")
+    return config.method
+
+
+# -----------------------------------------------------------------------------
 # doors
 
 
@@ -481,15 +629,23 @@ def export(run, path, layout="peft", name="nanopeft"):
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "pytorch_adapter.bin", torch_bytes({name: t.clone() for name, t in tensors.items()}))
     write_json(path / "adapter_config.json", settings)
+    if config.add_tokens:
+        data.Tokenizer.load(run).save(path)
     return settings
+
+
+def read_layout(path, base):
+    """(method, options, tensors) of a folder in PEFT's or AdapterHub's layout, for the base in a folder."""
+    file = Path(path, "adapter_config.json")
+    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
+    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
+    return read(path, read_origin(base))
 
 
 def import_adapter(path, base, out):
     """A folder in PEFT's or AdapterHub's layout -> a run's folder `out` over `base`; returns the model."""
-    out, file = unused(out), Path(path, "adapter_config.json")
-    check(file.is_file(), f"{path}: in no known layout, it has no adapter_config.json; found {found_in(path)}")
-    read = from_peft if "peft_type" in read_json(file) else from_adapterhub
-    method, options, tensors = read(path, read_origin(base))
+    out = unused(out)
+    method, options, tensors = read_layout(path, base)
     model = load_base(base)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
@@ -522,7 +678,8 @@ def merge_run(run, path, requantize=False):
     possible = not requantize or runs.storage_of(config)
     check(possible, f"{run}: its base is not quantized; merge it without --requantize")
     report = peft.merge(model, requantize)
-    save_base(model, path)
+    # A model that was trained whole is written as it was trained.
+    save_base(model, path, {"vocab_size": model.config.vocab_size}, None if "full" in peft.methods(model) else model.dtype)
     tokenizer.save(path)
     return report
 
@@ -566,6 +723,10 @@ def main(args):
     elif args.command == "export":
         settings = export(args.run, args.folder, args.layout, args.name)
         print(f"{args.folder}: {settings.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
+        if read_run_config(args.run).add_tokens:
+            rows = len(peft.read_adapter(Path(args.run, "adapter.pt"))["tensors"][peft.TABLE])
+            print(f"Its tables have rows for added tokens: call model.resize_token_embeddings({rows}) before "
+                  "PeftModel.from_pretrained; the tokenizer that knows them is in the folder, too.")
     elif args.command == "import":
         counts = peft.count_parameters(import_adapter(args.folder, args.base, args.run))
         print(f"{args.run}: {' and '.join(counts['by_method'])}, {counts['trainable']:,} parameters; {next_line(args.run)}")

@@ -153,7 +153,7 @@ class Tracker(TorchDispatchMode):
 
     def __init__(self, model, optimizer=None, device="cpu"):
         super().__init__()
-        self.model, self.unit = model, ALLOCATION_UNIT[device]
+        self.model, self.device, self.unit = model, device, ALLOCATION_UNIT[device]
         self.forwards = {module: origin_of_forward(name) for name, module in model.named_modules()}
         self.running = [("temporaries", "")]     # (part, layer) of the running forward passes, innermost last
         self.live = {}                           # address of a storage -> its serial number
@@ -170,6 +170,10 @@ class Tracker(TorchDispatchMode):
             for buffer in module.buffers(recurse=False):
                 stored = isinstance(module, quant.QuantLinear)
                 self.add(buffer, part_of_weight(module.weight_q.scheme if stored else buffer.dtype))
+        if self.device == "cpu" and self.model.attached:         # A GPU's host keeps what detach puts back.
+            for _, _, copy in self.model.attached.unfrozen:
+                if copy is not None:
+                    self.add(copy, "weights kept for detach")
         for state in optimizer.state.values() if optimizer else ():
             for tensor in state.values():
                 self.add(tensor, "optimizer states")

@@ -9,7 +9,7 @@ The lecture's chapter on PEFT: every method a plain function that changes the mo
     peft.load_adapter(model, "adapter.pt")
 
 Methods attach at four levels, so that any of them combine: a wrapper around a linear layer (LoRA, (IA)3), the forward of an
-attention (prefix tuning), the forward of a block (adapters), the input (prompt tuning). BitFit, top and full only unfreeze.
+attention (prefix tuning), the forward of a block (adapters), the input (prompt tuning). The rest, UNFREEZING, only unfreezes.
 Nothing writes to a frozen tensor of the base, and only a call of merge changes a weight; train() and eval() never do.
 
 A new method is a function here, which notes itself with note_method, and a row of METHODS. The function's arguments are the
@@ -38,12 +38,12 @@ from lib.files import check, combine_hashes, read_file, sample_hash, save_file, 
 class Attached:
     """What the methods have done to a model. It lies in model.attached, which is None where no method is."""
     methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
-    unfrozen: list = field(default_factory=list)    # (parameter of the base, method, copy of its old value)
+    unfrozen: list = field(default_factory=list)    # (parameter of the base, method, old value on the host)
     replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None)
     merged: list | None = None                      # the same of the layers that merge has replaced
 
 
-UNFREEZING = ("full", "top", "bitfit")     # methods that train tensors of the base and add none
+UNFREEZING = ("full", "top", "bitfit", "embed", "head", "norm")     # methods that train tensors of the base and add none
 LORA_KIN = ("lora", "qlora", "dora", "vera")     # methods that wrap in LoRA's way; a model carries one of them at most
 
 
@@ -540,7 +540,7 @@ def add_prompt(
 
 
 # -----------------------------------------------------------------------------
-# selective: BitFit, the last layers, everything
+# selective: BitFit, the last layers, everything; tables and norms, mostly beside another method
 
 
 def add_bitfit(model):
@@ -567,21 +567,55 @@ def train_full(model):
     return unfreeze(model, "full", base_parameters(model), stored_layers(model))
 
 
+TABLE = "embed.tokens.weight"            # of the token embeddings, and of the head where it is tied
+NORMS = ("norm", "norm1", "norm2", "after1", "after2", "q_norm", "k_norm")
+
+
+def is_norm(name):
+    """Whether a parameter of that name is a norm's."""
+    module = name.rpartition(".")[0]
+    return module.rpartition(".")[2] in NORMS
+
+
+def train_embed(model):
+    """Trains the table of token embeddings, with it the head of a base that ties them."""
+    params = [(n, p) for n, p in base_parameters(model) if n == TABLE]
+    return unfreeze(model, "embed", params)
+
+
+def train_head(model):
+    """Trains the head. Where the base ties it to the embedding it stays tied: embed trains the one table for both."""
+    tied = model.config.tied
+    check(not tied or "embed" in methods(model), "head: this base has one table for embedding and head; embed trains it")
+    params = [(n, p) for n, p in base_parameters(model) if n == "head.weight"]
+    report = unfreeze(model, "head", params)
+    return "head: the embedding's table, which embed trains" if tied else report
+
+
+def train_norm(model):
+    """Trains the norms, with what biases they have (Zhao et al. 2024 train nothing else)."""
+    params = [(n, p) for n, p in base_parameters(model) if is_norm(n)]
+    return unfreeze(model, "norm", params)
+
+
 def unfreeze(model, method, params, stored=(), **options):
     """Makes params, [(name, parameter)] of the base, trainable and float32. `stored`: quantized layers, which cannot be trained.
 
-    Their old values are kept for detach, but not by full, which would hold the whole base twice.
+    What another method trains already is left to it. The old values are kept for detach, in the host's memory, but not by
+    full, which would hold the whole base twice.
     """
     check(not stored, f"{method}: {len(stored)} of the layers it trains are quantized; leave the base as it is, or use lora")
     check("full" not in methods(model), f"{method}: full trains everything already")
     note_method(model, method, **options)
-    params = [(n, p) for n, p in params if not p.requires_grad]
-    for _, p in params:
-        copy = None if method == "full" else p.detach().clone()
+    own = [p for _, p in params if not p.requires_grad]
+    for p in own:
+        copy = None if method == "full" else p.detach().to("cpu", copy=True)
         model.attached.unfrozen.append((p, method, copy))
         p.data = p.data.float()
         p.requires_grad_(True)
-    return f"{method}: {len(params)} tensors of the base"
+    others = len(params) - len(own)
+    shared = f"; {others} more are trained by the methods before" if others else ""
+    return f"{method}: {len(own)} tensors of the base{shared}"
 
 
 # -----------------------------------------------------------------------------
@@ -599,6 +633,9 @@ METHODS = {     # in the order in which they attach
     "prefix": add_prefix,
     "adapter": add_adapter,
     "prompt": add_prompt,
+    "embed": train_embed,
+    "head": train_head,
+    "norm": train_norm,
 }
 
 
@@ -677,7 +714,7 @@ def remove_methods(model):
     model.reserved = 0
     for p, _, copy in model.attached.unfrozen:
         if copy is not None:
-            p.data = copy
+            p.data = copy.to(p.device)
         p.requires_grad_(False)
     model.attached = None
 
@@ -689,8 +726,8 @@ NOT_A_WEIGHT = ("prefix", "prompt", "adapter")     # methods that no change of t
 
 
 def merge(model, requantize=False):
-    """Puts LoRA and (IA)3 into the weights, W_0 + s B A in float32, kept in the compute type; unmerge undoes it. What BitFit, top
-    and full train is in the weights already. Returns {"layers": number of layers merged}.
+    """Puts LoRA and (IA)3 into the weights, W_0 + s B A in float32, kept in the compute type; unmerge undoes it. What methods that
+    add nothing train (UNFREEZING) is in the weights already. Returns {"layers": number of layers merged}.
 
     requantize: stores a merged weight again as the base's was. The small changes of an adapter can vanish in that; the result
     then tells what became of the logits, by their mean absolute differences: "adapter" (of adapter and base), "kept" (of merged
@@ -828,13 +865,13 @@ def count_parameters(model):
 
 
 def param_groups(model, learning_rate, weight_decay, lora_plus_ratio):
-    """Groups for an optimizer: matrices decay, vectors and soft prompts do not; B of LoRA has lora_plus_ratio times the learning
+    """Groups for an optimizer: matrices decay, vectors, norms and soft prompts do not; B of LoRA has lora_plus_ratio times the learning
     rate (LoRA+, Hayou et al. 2024). A schedule keeps to that by each group's "ratio"."""
     groups = {}
     for name, p, method in parameters_by_method(model):
         if method:
             ratio = lora_plus_ratio if name.endswith(".B") else 1.0
-            decays = p.dim() > 1 and method not in ("prefix", "prompt")
+            decays = p.dim() > 1 and method not in ("prefix", "prompt") and not is_norm(name)
             groups.setdefault((ratio, weight_decay if decays else 0.0), []).append(p)
     check(groups, "nothing is trainable: attach a method first")
     return [{"params": params, "lr": learning_rate * ratio, "ratio": ratio, "weight_decay": decay}

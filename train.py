@@ -5,6 +5,7 @@ Fine-tunes a model on little hardware. One process on a CPU or a GPU, or several
     python train.py configs/e2e_medium_lora.toml --seed 1     # a file first, flags after it win
     python train.py --method lora --quant int8 --base DIR --data DIR --out_dir out/x
     python train.py --resume out/x
+    python train.py --init_from out/x --data DIR              # a new run from an adapter's tensors
     python train.py --method qlora --base DIR --dry_run       # parameters and memory, then stop
     torchrun --nproc_per_node=2 train.py ...                  # each a share of every batch; --fsdp: of the base too
 
@@ -32,16 +33,18 @@ if __name__ == "__main__":      # --help and mistakes answer here, before torch 
 import torch
 
 import data
+import hub
 import memory
 import peft
 from lib import checkpoint, machine
-from lib.files import save_file, write_atomic
+from lib.files import located, save_file, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
     Interrupt, Log, attach_methods, check_processes, learning_rate, make_optimizer, numbers_are_finite,
     offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step,
     storage_by_type, storage_of, write_beginning)
+from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------
 # the base where none is given: a small one, pretrained by this same code the first time that it is needed
@@ -74,6 +77,8 @@ def with_base(config):
 
 def train(config):
     """Runs a configuration; returns the metrics, or None after --dry_run or an interruption."""
+    config, start = hub.adopted(config)
+    config = trains_tables(config)
     check_processes(config)
     device = machine.pick_device(config.device)
     machine.prepare(device)
@@ -86,9 +91,15 @@ def train(config):
         torch.manual_seed(config.seed)
         run = set_up(config, folder, device)
         model = run.model
-        if not config.resume and not config.dry_run:
-            run.progress |= {"before": split_loss(run, "val"), "samples": samples(run)}
+        fresh = not config.resume and not config.dry_run
+        if fresh and start is None:
+            note_before(run)
         report = attach_methods(model, run.tokenizer, config)
+        if start is not None:
+            with located(config.init_from):
+                peft.load_adapter(model, start | {"base": start["base"] or run.fingerprints["base"]})
+        if fresh and start is not None:
+            note_before(run)
         describe(run, report)
         model.checkpointing = config.checkpointing
         if config.compile and not machine.compile_model(model, device):
@@ -109,6 +120,11 @@ def train(config):
         return metrics
 
 
+def note_before(run):
+    """Notes what the model can do before training, with the adapter that the run starts from if there is one."""
+    run.progress |= {"before": split_loss(run, "val"), "samples": samples(run)}
+
+
 def describe(run, report):
     """Says what the run is about to do, and what memory it will need. report: the lines of peft.apply."""
     config, shape = run.config, run.model.config
@@ -125,6 +141,10 @@ def describe(run, report):
     empty = f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""
     say(f"base       {config.base}: {shape.n_layer} layers x {shape.n_embd}, {counts['base']:,} parameters{stored}")
     say(*(f"method     {line}" for line in report))
+    if config.init_from and not config.resume:
+        say(f"start      {config.init_from}: its {trainable:,} parameters; optimizer, schedule and data begin anew")
+    if config.add_tokens:
+        say(f"tokens     those of {config.add_tokens} beside the base's; {shape.vocab_size} rows in the embedding, which is trained")
     say(f"trained    {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     say(f"storage    {storage}{each}; computed in {config.dtype} on {run.model.head.weight.device}")
     say(f"data       {config.data}: {splits} train / val / test, {sequences} training sequences, "

@@ -191,10 +191,11 @@ def set_parameter(model, name, value, dtype, storage):
 # writing
 
 
-def save_base(model, folder, extra=None):
+def save_base(model, folder, extra=None, dtype=None):
     """Writes a model without methods (or merged) as a checkpoint for transformers: config.json and model.safetensors.
 
-    The type is the embedding's. extra: more keys for config.json, which is otherwise the one that the model came with.
+    dtype: of the weights; None: the head's. extra: more keys for config.json, which is otherwise the one that the model came
+    with.
     """
     folder, origin = Path(folder), origin_of(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -203,7 +204,7 @@ def save_base(model, folder, extra=None):
         if isinstance(module, quant.QuantLinear):
             weights[f"{name}.weight"] = module.weight_q
     shapes = {name: weight.shape for name, weight in weights.items()}
-    dtype, tensors = model.head.weight.dtype, {}
+    dtype, tensors = dtype or model.head.weight.dtype, {}
     for theirs, (ours, transposed) in layout(origin.family, shapes).items():
         parts = [weights[n] for n in ours]
         if ours[0].endswith("_norm.weight") and parts[0].dim() == 2:

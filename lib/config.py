@@ -33,10 +33,12 @@ class Knobs:
 
     # what is trained on what
     method: str = "lora"              # one of peft.METHODS, or several joined by +
+    train_also: str = ""              # embed, head, norm, joined by commas: beside the method, as if joined to it by +
     base: str = ""                    # folder in Hugging Face layout; none: a small one, pretrained once into out/base
     data: str = "embedded"            # embedded, plain, or a path: E2E folder, .jsonl (prompt, completion), .txt
     out_dir: str = ""                 # the run's folder; none: out/METHOD, numbered where that is taken
     resume: str = ""                  # the folder of a run to go on with
+    init_from: str = ""               # a run, an adapter.pt or a folder of PEFT's: the new run starts with its tensors
     dry_run: bool = False             # report parameters and memory, then stop
     # the base in storage
     quant: str = ""                   # a code of quant.CODES, such as nf4 or int8; none: as it is (qlora: nf4)
@@ -44,6 +46,7 @@ class Knobs:
     quant_double: bool = True         # the scales in 8 bits (QLoRA, section 3)
     quant_skip: str = ""              # linear layers to leave as they are, by name, joined by commas
     # data
+    add_tokens: str = ""              # a file, one new token a line; embed is trained then (and head, if untied)
     block_size: int = 0               # longest sequence; 0: the base's context
     template: str = "pipe"            # of meaning representations: pipe (name : X | food : Y||) or raw
     too_long: str = "refuse"          # or cut
@@ -77,6 +80,8 @@ class Knobs:
     fsdp: bool = False                # divide the frozen base among the processes (torchrun)
     seed: int = 1                     # of everything that is drawn
 
+    given = frozenset()               # what a file or a flag has set, by name; not a field
+
     def __post_init__(self):
         for names, lowest, limit, rule in RANGES:
             for name in names:
@@ -87,8 +92,19 @@ class Knobs:
             value = getattr(self, name)
             if value not in allowed:                                                        # fault 33
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
+        for name in filter(None, self.train_also.split(",")):
+            if name not in TRAIN_ALSO:
+                raise ValueError(f"train_also is {self.train_also!r}; it can name {', '.join(TRAIN_ALSO)}")
+            self.method = with_methods(self.method, name)
+        self.train_also = ""
 
 
+def with_methods(method, *names):
+    """Methods joined by +, and these among them."""
+    return "+".join(dict.fromkeys([*method.split("+"), *names]))
+
+
+TRAIN_ALSO = ("embed", "head", "norm")
 RANGES = (       # knobs, the least value, the value that none reaches, and that in words
     (("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "rank"), 1, math.inf, "at least 1"),
     (("max_iters", "warmup_iters", "eval_batches", "save_interval", "block_size", "sample_count", "quant_block", "min_lr",
@@ -255,6 +271,9 @@ def command_line(args):
     if "resume" in values | flags:
         return resumed(values | flags)
     config = Config(**values | flags)
+    config.given = frozenset(values | flags)
+    if config.init_from:                                         # The adapter says which method it is of.
+        return config
     for given, where in ((values, "the file"), (flags, "command line")):
         check_options(given, config.method, where)
     return config
@@ -263,6 +282,8 @@ def command_line(args):
 def resumed(values):
     """The Config of the run that values name, with what of it may change."""
     folder = values["resume"]
+    if "init_from" in values:
+        raise ValueError(f"--init_from starts a new run and --resume goes on with {folder}; give one of them")
     if not Path(folder, "config.toml").is_file():
         raise ValueError(f"{folder}: no run to resume there (it has no config.toml)")
     before = dataclasses.asdict(Config(**read_toml(Path(folder, "config.toml"))))

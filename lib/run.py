@@ -24,6 +24,7 @@ from lib import checkpoint, machine
 from lib.config import MAY_CHANGE, Config, method_options, read_run_config, write_toml
 from lib.files import check, read_file, save_file, write_atomic
 from lib.kernels import simulating
+from lib.tokens import add_tokens
 from model import GPT, GPTConfig
 
 # -----------------------------------------------------------------------------
@@ -137,8 +138,11 @@ def resolved(config, device):
     return dataclasses.replace(config, dtype=dtype, quant=storage.scheme if storage else "")
 
 
-def load_base(config, device, dtype):
-    """(model, tokenizer) without a method: from a folder in Hugging Face layout, or new."""
+def load_base(config, device, dtype, saved=""):
+    """
+    (model, tokenizer) without a method: from a folder in Hugging Face layout, or new. saved: the folder of
+    a run that holds the tokenizer with this one's added tokens.
+    """
     if config.base == "new":
         examples = data.load(config.data).train
         texts = [text for example in examples for text in (example.prompt, *example.references)]
@@ -147,6 +151,8 @@ def load_base(config, device, dtype):
         return GPT(shape, dtype).to(device), tokenizer
     model = checkpoint.load_base(config.base, dtype, storage_of(config), device)
     tokenizer = data.Tokenizer.load(config.base)
+    if config.add_tokens:
+        tokenizer = add_tokens(model, tokenizer, config, saved)
     begins_with_bos = tokenizer.bos is not None and tokenizer.begin == [tokenizer.bos]
     if begins_with_bos and tokenizer.eos is not None and has_twin(model.head.weight, tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
@@ -234,7 +240,8 @@ class Run:
 def set_up(config, folder, device):
     """Reads, checks and encodes all that a configuration names: a Run without methods."""
     first_device = torch.device("cpu") if config.fsdp else device
-    model, tokenizer = load_base(config, first_device, getattr(torch, config.dtype))
+    saved = config.resume or config.init_from                    # A run that has added tokens passes them on.
+    model, tokenizer = load_base(config, first_device, getattr(torch, config.dtype), saved)
     corpus = data.load(config.data)
     context = model.config.block_size
     taken = peft.virtual_positions(config.method, method_options(config))
@@ -286,7 +293,7 @@ def load_run(folder, device="auto", dtype="auto"):
     check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
     config = read_run_config(folder) if is_run else Config(base=str(folder))
     wanted = dtype if dtype != "auto" else config.dtype
-    model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device))
+    model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device), folder)
     if is_run:
         peft.load_adapter(model, Path(folder, "adapter.pt"))
     return model.eval(), tokenizer, config

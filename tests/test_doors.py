@@ -22,7 +22,8 @@ from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
                 ("prefix", dict(prefix_length=3, prefix_style="after")), ("prefix", dict(prefix_length=3, prefix_style="after", prefix_mlp=8)), ("bitfit", {}), ("bitfit+lora", {}),
-                ("dora", {}), ("dora", dict(targets="q,k,v,down", rslora=True))]
+                ("dora", {}), ("dora", dict(targets="q,k,v,down", rslora=True)),
+                ("lora+embed", {}), ("lora+embed+head+norm", {}), ("ia3+embed+norm", {}), ("dora+norm", {}), ("lora+head", {}), ("norm", {}), ("bitfit+lora+norm", {}), ("bitfit+embed", {})]
 TOKENS = torch.randint(59, (2, 11), generator=torch.Generator().manual_seed(0))
 
 
@@ -77,7 +78,7 @@ torch.save(logits[:, -len(json.loads(tokens)[0]):].detach().contiguous(), out)
 
 
 def possible(family, method):
-    return not (family == "llama" and "bitfit" in method)
+    return not (family == "llama" and "bitfit" in method or family == "gpt2" and method == "lora+head")
 
 
 @pytest.mark.peers
@@ -107,6 +108,10 @@ configs = {"lora": LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=7, target_m
            "rslora": LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=linear, fan_in_fan_out=gpt2, use_rslora=True, rank_pattern={linear[1]: 2}, init_lora_weights=False),
            "ia3": IA3Config(task_type="CAUSAL_LM", target_modules=["attn.c_attn", "mlp.c_proj"] if gpt2 else ["k_proj", "v_proj", "down_proj"],
                             feedforward_modules=["mlp.c_proj"] if gpt2 else ["down_proj"], fan_in_fan_out=gpt2),
+           "whole": LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=linear, fan_in_fan_out=gpt2, modules_to_save=["wte" if gpt2 else "embed_tokens", "lm_head", *(["ln_1", "ln_2", "ln_f"] if gpt2 else ["norm"])],
+                               ensure_weight_tying=gpt2),
+           "head": IA3Config(task_type="CAUSAL_LM", target_modules=["attn.c_attn", "mlp.c_proj"] if gpt2 else ["k_proj", "v_proj", "down_proj"],
+                            feedforward_modules=["mlp.c_proj"] if gpt2 else ["down_proj"], modules_to_save=["ln_1", "ln_2", "ln_f"] if gpt2 else ["lm_head"], fan_in_fan_out=gpt2),
            "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)}
 for name, config in configs.items():
     torch.manual_seed(3)
@@ -114,7 +119,7 @@ for name, config in configs.items():
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.0)
     for _ in range(3):
         model(tokens, labels=tokens).loss.backward()
-        if gpt2 and name == "ia3":
+        if gpt2 and name in ("ia3", "head"):
             for n, p in model.named_parameters():
                 if "c_attn" in n and p.grad is not None: p.grad[:len(p) // 3] = 0
         optimizer.step(); optimizer.zero_grad()
@@ -127,7 +132,7 @@ for name, config in configs.items():
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_what_peft_has_trained_is_read(peer, bases, tmp_path, family):
     peer(PEFT_TRAINS, bases[family], tmp_path, json.dumps(TOKENS.tolist()))
-    for name in ("lora", "rslora", "ia3", "prompt", "prefix"):
+    for name in ("lora", "rslora", "whole", "ia3", "head", "prompt", "prefix"):
         hub.import_adapter(tmp_path / name, bases[family], tmp_path / f"{name}_run")
         model, _, _ = run.load_run(tmp_path / f"{name}_run", "cpu", "float32")
         theirs = torch.load(tmp_path / f"{name}.pt", weights_only=True)
@@ -172,13 +177,13 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
 @pytest.mark.parametrize("method, options", PEFT_METHODS + [("adapter", dict(adapter_style=style)) for style in hub.HUB_STYLES])
 def test_out_and_in_again(bases, tmp_path, family, method, options):
     if not possible(family, method):
-        pytest.skip("no biases")
+        pytest.skip("refused")
     ours = make_run(bases[family], tmp_path / "run", method, options)
     hub.export(tmp_path / "run", tmp_path / "out", "adapterhub" if method == "adapter" else "peft")
     hub.import_adapter(tmp_path / "out", bases[family], tmp_path / "again")
     model, _, config = run.load_run(tmp_path / "again", "cpu", "float32")
     torch.testing.assert_close(logits(model), ours, rtol=0, atol=1e-5)
-    assert config.method == method
+    assert config.method == (method.replace("+head", "") if family == "gpt2" else method)      # there the head is the embedding
 
 
 MERGED_LOGITS = """
@@ -193,7 +198,7 @@ for folder in sys.argv[2:]:
 @pytest.mark.peers
 def test_a_merged_folder_is_a_checkpoint_of_transformers(peer, bases, tmp_path):
     expected = {}
-    for family, method in (("gpt2", "lora+ia3"), ("llama", "lora"), ("gpt2", "bitfit"), ("llama", "top")):
+    for family, method in (("gpt2", "lora+ia3"), ("llama", "lora"), ("gpt2", "bitfit"), ("llama", "top"), ("gpt2", "lora+embed"), ("llama", "lora+embed+head+norm")):
         name = f"{family}_{method}"
         expected[name] = make_run(bases[family], tmp_path / f"run_{name}", method, {})
         hub.merge_run(tmp_path / f"run_{name}", tmp_path / name)
@@ -366,7 +371,7 @@ def test_what_a_layout_has_no_place_for(bases, tmp_path):
 
 @pytest.mark.parametrize("change, words", [
     (dict(use_dora=True), "use_dora is True"), (dict(peft_type="LOHA"), "peft_type is 'LOHA'"), (dict(layers_to_transform=[0]), "layers_to_transform"),
-    (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(r=5), "rank 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
+    (dict(modules_to_save=["lm_head"]), "modules_to_save names 'lm_head', of which no tensor"), (dict(r=5), "rank 9; adapter_config.json says 5"), (dict(lora_alpha=None), "lora_alpha is None")])
 def test_configurations_that_are_refused(bases, tmp_path, change, words):
     make_run(bases["gpt2"], tmp_path / "run", "lora", dict(targets="q,k,v"))
     hub.export(tmp_path / "run", tmp_path / "out")
@@ -375,6 +380,40 @@ def test_configurations_that_are_refused(bases, tmp_path, change, words):
     with pytest.raises(ValueError, match=words):
         hub.import_adapter(tmp_path / "out", bases["gpt2"], tmp_path / "again")
     assert not (tmp_path / "again").exists()
+
+
+def edit_tensors(folder, change):
+    """Rewrites a folder in PEFT's layout after change({name: tensor})."""
+    tensors = dict(files.read_tensors(folder / "adapter_model.safetensors"))
+    change(tensors)
+    files.write_safetensors(folder / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+
+
+def test_tables_that_peft_trained_apart(bases, tmp_path):
+    make_run(bases["gpt2"], tmp_path / "run", "lora+embed", {})
+    hub.export(tmp_path / "run", tmp_path / "out")
+    said = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert said["modules_to_save"] == ["wte", "lm_head"] and said["ensure_weight_tying"] is True
+    head = "base_model.model.lm_head.weight"
+    edit_tensors(tmp_path / "out", lambda tensors: tensors[head].add_(1))
+    with pytest.raises(ValueError, match="embedding and head were trained apart, but this base has one table for both"):
+        hub.import_adapter(tmp_path / "out", bases["gpt2"], tmp_path / "again")
+    edit_tensors(tmp_path / "out", lambda tensors: tensors.pop(head))
+    (tmp_path / "out" / "adapter_config.json").write_text(json.dumps(said | {"modules_to_save": ["wte"]}))
+    with pytest.raises(ValueError, match="trained apart"):
+        hub.import_adapter(tmp_path / "out", bases["gpt2"], tmp_path / "again")
+    model = GPT(tiny("stablelm"))
+    peft.apply(model, "lora+norm", rank=2)
+    with pytest.raises(ValueError, match="a weight for each head, for which PEFT's layout has no place here"):
+        hub.to_peft(peft.pack_adapter(model), origin.new_origin(model.config))
+
+
+def test_a_checkpoint_is_of_the_runs_type_however_its_tables_were_trained(bases, tmp_path):
+    make_run(bases["llama"], tmp_path / "run", "lora+embed+head", {})
+    config = dataclasses.replace(Config(**read_toml(tmp_path / "run" / "config.toml")), dtype="bfloat16")
+    (tmp_path / "run" / "config.toml").write_text(write_toml(config))
+    hub.merge_run(tmp_path / "run", tmp_path / "merged")
+    assert {t.dtype for _, t in files.read_tensors(tmp_path / "merged")} == {torch.bfloat16}
 
 
 def test_folders_that_are_refused(bases, tmp_path, refused):

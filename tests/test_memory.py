@@ -73,7 +73,8 @@ def compare(family, method, batch, seq, dtype=torch.bfloat16, storage=None, chec
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("checkpointing, accumulation", [(False, 1), (True, 2)])
 @pytest.mark.parametrize("method, scheme", [("full", None), ("lora", None), ("qlora", None), ("lora", "int8"), ("adapter", None), ("prefix", None), ("prompt", None),
-                                            ("ia3", None), ("bitfit", None), ("top", None), ("lora+prefix", "nf4"), ("dora", None), ("dora", "nf4"), ("dora", "int8"), ("vera", None), ("vera", "nf4")])
+                                            ("ia3", None), ("bitfit", None), ("top", None), ("lora+prefix", "nf4"), ("dora", None), ("dora", "nf4"), ("dora", "int8"), ("vera", None), ("vera", "nf4"),
+                                            ("lora+embed+head+norm", None), ("qlora+embed+head", None), ("lora+prompt+norm", None), ("embed", None)])
 def test_simulated_equals_counted(family, method, scheme, checkpointing, accumulation):
     if family == "llama" and method == "bitfit":
         pytest.skip("no biases")
