@@ -681,6 +681,9 @@ def merge_run(run, path, requantize=False):
     # A model that was trained whole is written as it was trained.
     save_base(model, path, {"vocab_size": model.config.vocab_size}, None if "full" in peft.methods(model) else model.dtype)
     tokenizer.save(path)
+    generation = Path(config.base, "generation_config.json")     # which holds the base's ends
+    if generation.is_file():
+        write_json(path / generation.name, read_json(generation))
     return report
 
 
