@@ -60,7 +60,7 @@ CASES = {
     "llama-linear": ("llama", dict(SMALL, rope_scaling=dict(rope_type="linear", factor=2.5))),
     "llama-dynamic": ("llama", dict(SMALL, rope_scaling=dict(rope_type="dynamic", factor=2.0))),
     "llama-yarn": ("llama", dict(SMALL, rope_scaling=YARN)),
-    "llama-yarn-factor": ("llama", dict(ODD_HEADS, rope_theta=50.0, rope_scaling=dict(YARN, attention_factor=1.7))),
+    "llama-yarn-factor": ("llama", dict(ODD_HEADS, rope_theta=50.0, rope_scaling=dict(YARN, attention_factor=1.3))),
     "llama-yarn-mscale": ("llama", dict(ODD_HEADS, rope_theta=50.0,
                                         rope_scaling=dict(YARN, mscale=0.7, mscale_all_dim=1.3))),
     "llama-yarn-betas": ("llama", dict(ODD_HEADS, rope_theta=50.0,
