@@ -42,7 +42,7 @@ class Family:
     windows: str | int = "none"
     plain_windows: bool = False
     activations: dict = field(default_factory=dict)      # names that mean another function here
-    rope_keys: dict = field(default_factory=dict)        # rotary keys that have other names here -> their usual names
+    rope_keys: dict = field(default_factory=dict)        # other names of rotary keys -> the usual ones
     scaled_embedding: bool = False      # whether embeddings are multiplied by sqrt(n_embd)
     head: str = "lm_head"         # their name of the head
     transposed: bool = False      # whether the linear layers of the blocks hold their weights as (in, out)

@@ -20,7 +20,7 @@ import peft
 import quant
 from families import CASES, READ, V5_ONLY, WRITE
 from lib import checkpoint, files, origin, run
-from lib.config import Config, write_toml
+from lib.config import Config
 from model import CHOICES, GPT, PARTS_WITH_BIAS, GPTConfig
 from test_memory import assert_equal, compare
 
@@ -237,10 +237,12 @@ def gradients(model, checkpointing):
 
 
 def possible(case, method, scheme):
-    """Whether a method applies: biases must be there, a base that is trained itself cannot be quantized, and QLoRA's is."""
+    """Whether a method applies: biases or a head of its own must be there, a base that is trained itself cannot be
+    quantized, and QLoRA's is."""
     config, names = config_of(case), set(method.split("+"))
     parts = [part for part in config.bias.split() if part != "norm" or config.norm == "layer"]
-    needed = (bool(parts) or "bitfit" not in names) and (scheme or "qlora" not in names)
+    needed = (parts or "bitfit" not in names) and (scheme or "qlora" not in names)
+    needed = needed and (not config.tied or "head" not in names)
     return bool(needed and not (scheme and names & {"full", "top"}))
 
 
