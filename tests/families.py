@@ -60,7 +60,7 @@ CASES = {
     "llama-linear": ("llama", dict(SMALL, rope_scaling=dict(rope_type="linear", factor=2.5))),
     "llama-dynamic": ("llama", dict(SMALL, rope_scaling=dict(rope_type="dynamic", factor=2.0))),
     "llama-yarn": ("llama", dict(SMALL, rope_scaling=YARN)),
-    "llama-yarn-factor": ("llama", dict(ODD_HEADS, rope_theta=50.0, rope_scaling=dict(YARN, attention_factor=1.7))),
+    "llama-yarn-factor": ("llama", dict(ODD_HEADS, rope_theta=50.0, rope_scaling=dict(YARN, attention_factor=1.3))),
     "llama-yarn-mscale": ("llama", dict(ODD_HEADS, rope_theta=50.0,
                                         rope_scaling=dict(YARN, mscale=0.7, mscale_all_dim=1.3))),
     "llama-yarn-betas": ("llama", dict(ODD_HEADS, rope_theta=50.0,
@@ -144,16 +144,13 @@ CASES = {
     "gpt_neox": ("gpt_neox", neox(hidden_size=64)),
     "gpt_neox-half": ("gpt_neox", neox(rotary_pct=0.5, rotary_emb_base=3000, hidden_act="gelu_new")),
     "gpt_neox-two": ("gpt_neox", neox(hidden_size=32)),                         # Two numbers of a head rotate.
+    "gpt_neox-odd": ("gpt_neox", neox()),                 # 12 * 0.25 = 3 rotated numbers, of which transformers makes 4
     "gpt_neox-whole": ("gpt_neox", neox(rotary_pct=1.0, tie_word_embeddings=True)),
     "gpt_neox-sequential": ("gpt_neox", neox(use_parallel_residual=False, hidden_size=64, attention_bias=False)),
     "arcee": ("arcee", ODD_HEADS),
     "arcee-yarn": ("arcee", dict(SMALL, head_dim=12, rope_scaling=YARN, attention_bias=True, mlp_bias=True)),
 }
 
-# Cases that transformers computes and that may be refused, but only with a ValueError.
-REFUSABLE = {
-    "gpt_neox-odd": ("gpt_neox", neox()),                 # 12 * 0.25 = 3 rotated numbers, of which it makes 4
-}
 V5_ONLY = {"ministral3", "internlm3", "internlm3-biases", "opt-gelu", "phi3-longrope-factor", "stablelm-norms"}
 
 # Reads {"folder": ..., "cases": {name: (model_type, arguments)}} from a file, and writes folder/name for each case:
