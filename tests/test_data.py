@@ -81,6 +81,7 @@ def test_templates():
     mr = "name[The Plough], eatType[pub], priceRange[£20-25], familyFriendly[no], customer rating[5 out of 5]"
     assert format_prompt(mr, "pipe") == "name : The Plough | Type : pub | price : £20-25 | family friendly : no | customer rating : 5 out of 5||"
     assert format_prompt(mr, "raw") == mr + "\n" and format_prompt("Write a poem.", "pipe") == "Write a poem."
+    assert format_prompt("food[Thai], food[Indian]", "pipe") == "food : Thai | food : Indian||"
 
 
 def test_json_lines_and_text(tmp_path):
@@ -99,7 +100,7 @@ def test_json_lines_and_text(tmp_path):
     ("a.csv", b"mr,ref\n", "no examples"), ("a.csv", b"", "empty"), ("a.csv", b"mr,ref\nname[x],\xff\n", "line 2: byte 0xff is not UTF-8"),
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2: not JSON"), ("a.jsonl", b'{"prompt": "a"}\n', "line 1: needs prompt and completion; found prompt"),
     ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "line 1: prompt is not text"), ("a.jsonl", b'{"prompt": "", "completion": " "}\n', "line 1: completion is empty"),
-    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .jsonl, .txt"),
+    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .json, .jsonl, .txt"),
 ])
 def test_files_that_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -410,7 +411,7 @@ def test_a_pointer_of_git_lfs_is_told_as_what_it_is(tmp_path, name):
 def test_mask_is_a_position(tokenizer):
     """Prompt tokens are masked also where the completion has the same ones, and the end token is supervised."""
     encoded = encode([Example("the the", ["the the"])], tokenizer, 64)
-    tokens, targets = collate(encoded.sequences, 64)
+    tokens, targets = collate([encoded.sequence(0)], 64)
     prompt, completion = tokenizer.encode_prompt("the the"), tokenizer.encode_completion("the the")
     n, m = len(prompt), len(completion)
     assert tokens[0, :n + m - 1].tolist() == (prompt + completion)[:-1]
@@ -423,9 +424,9 @@ def test_too_long(tokenizer):
     with pytest.raises(ValueError, match=r"'name\[x\]' and its text have \d+ tokens, block_size is 12"):
         encode([example], tokenizer, 12)
     cut = encode([example, Example("b", ["c"])], tokenizer, 12, too_long="cut")
-    assert cut.n_cut == 1 and max(len(ids) for ids, _ in cut.sequences) == 13
+    assert cut.n_cut == 1 and max(cut.lengths) == 12
     goes_on = encode([Example("", ["a very long text " * 9])], tokenizer, 12)
-    assert sum(len(ids) - 1 for ids, _ in goes_on.sequences) == goes_on.n_supervised and goes_on.n_cut == 0
+    assert sum(goes_on.lengths) == goes_on.n_supervised and goes_on.n_cut == 0
 
 
 def test_nothing_to_learn(tokenizer):
@@ -442,7 +443,7 @@ def test_nothing_to_learn(tokenizer):
 
 
 def sequences(lengths):
-    return Encoded([([i + 1] * (n + 1), 1) for i, n in enumerate(lengths)], 1024)
+    return Encoded.of((([i + 1] * (n + 1), [True] * (n + 1)) for i, n in enumerate(lengths)), 1024)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -491,7 +492,9 @@ def test_a_position_in_other_data_is_refused():
 def test_evaluation_batches_are_always_the_same():
     encoded = sequences([5, 3, 9, 1, 7, 2])
     assert [t.tolist() for t, _ in eval_batches(encoded, 2, 2)] == [t.tolist() for t, _ in eval_batches(encoded, 2, 2)]
-    assert sum(len(t) for t, _ in eval_batches(encoded, 4)) == 6 and sum(len(t) for t, _ in eval_batches(encoded, 2, 2)) == 4
+    for batch_size in (1, 2, 3, 4):                              # as many of the same sequences, whatever the batch size
+        shown = [row[0].item() for tokens, _ in eval_batches(encoded, batch_size, 3) for row in tokens]
+        assert shown == [1, 5, 3] and sum(len(t) for t, _ in eval_batches(encoded, batch_size)) == 6
 
 
 # -----------------------------------------------------------------------------
