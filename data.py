@@ -835,8 +835,8 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
             for reference in references:
                 with located_in(examples, i):
                     ids, n_prompt = made.sequence(example, reference)
-                if ids[n_prompt:] in ([], [tokenizer.eos]):      # the end alone would teach to say nothing
-                    lost["empty"] += 1
+                if chat is None and ids[n_prompt:] in ([], [tokenizer.eos]):
+                    lost["empty"] += 1                           # The end alone would teach to say nothing.
                     continue
                 check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
                 n_masked = n_prompt if train_on == "completion" else 0

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import check, check_no_pointer, read_bytes
+from lib.files import check, check_no_pointer, located, read_bytes
 
 
 @dataclass
@@ -80,12 +80,12 @@ def is_text(value):
     return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
-def read_pair(record, where, told):
+def read_pair(record, told):
     """prompt and completion -> one example. Both stay as they are."""
     for key in ("prompt", "completion"):
-        check(is_text(record[key]), f"{where}: {key} is not text")
+        check(is_text(record[key]), f"{key} is not text")
     completion = without_end(record["completion"], told)
-    check(completion.strip(), f"{where}: completion is empty")
+    check(completion.strip(), "completion is empty")
     return [Example(record["prompt"], [completion])]
 
 
@@ -95,48 +95,48 @@ ROLES = {
 UNSUPPORTED = ("tools", "functions", "images", "videos", "audios", "tool_calls", "function_call")
 
 
-def check_supported(content, where):
+def check_supported(content):
     """ValueError where an object has what only other programs train on."""
     used = [key for key in UNSUPPORTED if content.get(key)]
-    check(not used, f"{where}: has {', '.join(used)}; tools, images and sounds are not supported")
+    check(not used, f"has {', '.join(used)}; tools, images and sounds are not supported")
 
 
-def content_text(content, where):
+def content_text(content):
     """The text of a message's content: text, or a list of parts of text, joined."""
     if not isinstance(content, list):
-        check(is_text(content), f"{where}: its content is not text")
+        check(is_text(content), "its content is not text")
         return content
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-        check(kind == "text", f"{where}: a part of its content is of type {kind!r}; only text is supported")
-        check(is_text(part.get("text")), f"{where}: a part of its content is not text")
+        check(kind == "text", f"a part of its content is of type {kind!r}; only text is supported")
+        check(is_text(part.get("text")), "a part of its content is not text")
     return "".join(part["text"] for part in content)
 
 
-def read_message(message, names, where):
+def read_message(message, names):
     """{"role": system, user or assistant, "content": text}. names: the keys of role and content."""
-    check(isinstance(message, dict), f"{where}: is no object")
-    check_supported(message, where)
+    check(isinstance(message, dict), "is no object")
+    check_supported(message)
     missing = [name for name in names if name not in message]
-    check(not missing, f"{where}: has no {' and no '.join(missing)}")
+    check(not missing, f"has no {' and no '.join(missing)}")
     role, content = (message[name] for name in names)
     known = isinstance(role, str) and role in ROLES
-    check(known, f"{where}: {names[0]} is {role!r}; it must be one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": content_text(content, where)}
+    check(known, f"{names[0]} is {role!r}; it must be one of {', '.join(ROLES)}")
+    return {"role": ROLES[role], "content": content_text(content)}
 
 
-def read_messages(found, names, where, told):
+def read_messages(found, names, told):
     """The messages of a conversation as templates want them: an optional system message, then user and
     assistant in turn.
 
     Messages of one role in a row are joined with an empty line between them, and counted. ValueError for
     roles out of order: a system message that is not the first, an assistant before any user.
     """
-    check(isinstance(found, list), f"{where}: its messages are no list")
+    check(isinstance(found, list), "its messages are no list")
     messages = []
     for number, item in enumerate(found, 1):
-        place = f"{where}, message {number}"
-        message = read_message(item, names, place)
+        with located(f"message {number}"):
+            message = read_message(item, names)
         previous = messages[-1]["role"] if messages else "nothing"
         role = message["role"]
         if role == previous != "system":
@@ -144,7 +144,7 @@ def read_messages(found, names, where, told):
             told["joined"] += 1
             continue
         in_order = previous == "nothing" if role == "system" else role == "user" or previous == "user"
-        check(in_order, f"{where}, message {number}: {role} after {previous}; the order is system (or none), "
+        check(in_order, f"message {number}: {role} after {previous}; the order is system (or none), "
                         "user, assistant, user, ..")
         messages.append(message)
     return messages
@@ -162,28 +162,28 @@ def turns(messages, told):
     return examples
 
 
-def read_openai(record, where, told):
+def read_openai(record, told):
     """messages: a list of role and content."""
-    check_supported(record, where)
-    return turns(read_messages(record["messages"], ("role", "content"), where, told), told)
+    check_supported(record)
+    return turns(read_messages(record["messages"], ("role", "content"), told), told)
 
 
-def read_sharegpt(record, where, told):
+def read_sharegpt(record, told):
     """conversations: a list of from and value; system, where there is one, stands before them."""
-    check_supported(record, where)
+    check_supported(record)
     found = record["conversations"]
     if record.get("system") and isinstance(found, list):
         found = [{"from": "system", "value": record["system"]}, *found]
-    return turns(read_messages(found, ("from", "value"), where, told), told)
+    return turns(read_messages(found, ("from", "value"), told), told)
 
 
-def read_alpaca(record, where, told):
+def read_alpaca(record, told):
     """instruction, input and output: the user's message is instruction and input, an empty line between."""
     fields = {key: record.get(key) or "" for key in ("instruction", "input", "output", "system")}
     for key, value in fields.items():
-        check(is_text(value), f"{where}: {key} is not text")
+        check(is_text(value), f"{key} is not text")
     asked = [part for part in (fields["instruction"], fields["input"]) if part]
-    check(asked, f"{where}: instruction is empty")
+    check(asked, "instruction is empty")
     question = {"role": "user", "content": "\n\n".join(asked)}
     messages = [question, {"role": "assistant", "content": fields["output"]}]
     if fields["system"]:
@@ -196,7 +196,7 @@ class Form:
     """What the records of a file are."""
 
     keys: tuple                  # by which a record is recognized
-    read: object                 # (record, where, told) -> list of Example
+    read: object                 # (record, told) -> list of Example
 
 
 FORMS = {
@@ -208,7 +208,7 @@ FORMS = {
 CONVERSATIONS = ("messages", "ShareGPT", "Alpaca")
 
 
-def form_of(record, where):
+def form_of(record):
     """The name of a record's form, by its keys."""
     if isinstance(record, dict):
         for name, form in FORMS.items():
@@ -217,7 +217,7 @@ def form_of(record, where):
         found = ", ".join(record) or "nothing"
     else:
         found = type(record).__name__
-    raise ValueError(f"{where}: needs prompt and completion; found {shortened(found)} (messages, conversations, or instruction "
+    raise ValueError(f"needs prompt and completion; found {shortened(found)} (messages, conversations, or instruction "
                      "and output would do as well)")
 
 
@@ -360,7 +360,8 @@ class Stored:
     def __init__(self, path):
         self.file = JsonFile(path)
         self.told = Counter()
-        self.form = form_of(self.file.record(0), Place(self.file, 0))
+        with located(Place(self.file, 0)):
+            self.form = form_of(self.file.record(0))
         facts = np.fromiter((fact for i in range(len(self.file)) for fact in self.facts(i)), np.int64)
         self.keys, self.prompts, self.turns = facts.reshape(-1, 3).T
         check(self.turns.any(), f"{path}: no examples in it: no conversation has a message of the assistant")
@@ -373,13 +374,13 @@ class Stored:
 
     def examples(self, i, told):
         """The examples of record i. ValueError where it is none of the file's form."""
-        place = Place(self.file, i)
         record = self.file.record(i)
         complete = isinstance(record, dict) and record.keys() >= set(FORMS[self.form].keys)
-        form = form_of(record, place) if i and not complete else self.form
-        check(form == self.form, f"{place}: a record of {form}, while the first of the file is of {self.form}; "
-                                 "put each form into a file of its own")
-        return FORMS[form].read(record, place, told)
+        with located(Place(self.file, i)):
+            form = self.form if complete else form_of(record)
+            check(form == self.form, f"a record of {form}, while the first of the file is of {self.form}; "
+                                     "put each form into a file of its own")
+            return FORMS[form].read(record, told)
 
     def take(self, units):
         """The examples of these units, as a sequence; pairs of one prompt make one example."""
@@ -465,12 +466,12 @@ def csv_rows(path):
 MR = re.compile(r"\s*[\w ]+\[[^\[\]]+\]\s*(,\s*[\w ]+\[[^\[\]]+\]\s*)*")
 
 
-def read_representation(cells, where, told):
+def read_representation(cells, told):
     """mr and ref, the columns of the E2E challenge -> one example."""
     mr, ref = cells["mr"], cells["ref"]
-    check(mr.strip(), f"{where}: mr is empty")
-    check(ref.strip(), f"{where}: ref is empty")
-    check(MR.fullmatch(mr), f"{where}: {shortened(mr)!r} is no representation; that is attribute[value], ...")
+    check(mr.strip(), "mr is empty")
+    check(ref.strip(), "ref is empty")
+    check(MR.fullmatch(mr), f"{shortened(mr)!r} is no representation; that is attribute[value], ...")
     return [Example(mr, [ref], is_representation=True)]
 
 
@@ -489,7 +490,8 @@ def read_csv(path):
         if not row:
             continue
         check(len(row) == len(header), f"{where}: {len(row)} columns where the header has {len(header)}")
-        examples += read(dict(zip(header, row)), where, told)
+        with located(where):
+            examples += read(dict(zip(header, row)), told)
     if is_e2e:
         return Listed("representations", grouped(examples), told, path)
     return Listed(forms[0], examples, told, path)

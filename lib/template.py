@@ -152,7 +152,7 @@ def source_in(folder):
         shaped = all(isinstance(item, dict) and {"name", "template"} <= item.keys() for item in found)
         check(shaped, f"{path}: chat_template is a list of something else than name and template")
         named = {item["name"]: item["template"] for item in found}
-        check("default" in named, f"{path}: chat_template has no default; it has {some(map(str, named))}; give one as --template FILE.jinja")
+        check("default" in named, f"{path}: chat_template has no default; it has {some(named)}; give one as --template FILE.jinja")
         found = named["default"]
     check(found is None or isinstance(found, str), f"{path}: chat_template is no text")
     return found
