@@ -166,8 +166,9 @@ def measure_step(job):
 def measure_epoch(job):
     """Steps over texts of real lengths, batched as train.py batches them."""
     model, optimizer, device = set_up(job)
-    sequences = [tuple(pair) for pair in json.loads(Path(job.sequences).read_text())]
-    batches = data.Batches(data.Encoded(sequences, model.config.block_size), job.batch, seed=1)
+    pairs = json.loads(Path(job.sequences).read_text())          # of ids and the length of the prompt
+    sequences = [(ids, [i >= n_prompt for i in range(len(ids))]) for ids, n_prompt in pairs]
+    batches = data.Batches(data.Encoded.of(sequences, model.config.block_size), job.batch, seed=1)
 
     def step():
         tokens, targets = next(batches)
@@ -427,9 +428,10 @@ def bench_epoch(job, args, folder):
     context = origin.read_config(job.base).block_size
     encoded = data.encode(data.load(args.data).train, tokenizer, context)
     path = folder / "sequences.json"
-    path.write_text(json.dumps(encoded.sequences))
+    sequences = [encoded.sequence(i) for i in range(len(encoded))]
+    path.write_text(json.dumps([(ids.tolist(), int(counts.argmax())) for ids, counts in sequences]))
     figures = all_figures(replace(job, sequences=str(path)), args)
-    title = f"{args.base}, batches of {job.batch} out of {len(encoded.sequences)} texts, {job.dtype}"
+    title = f"{args.base}, batches of {job.batch} out of {len(encoded)} texts, {job.dtype}"
     return speed_report(figures, job.steps * job.batch, "sequences", title)
 
 

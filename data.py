@@ -1,6 +1,6 @@
 """
-Text in, batches out: the embedded corpus, the E2E challenge's CSV files, JSON lines, plain text;
-the tokenizer; masked batches.
+Text in, batches out: examples in splits (lib/records.py reads the files), the tokenizer, sequences with
+their masks, batches.
 
     python data.py                               # a look at the embedded data
     python data.py download e2e DIR              # the E2E challenge's files, checked
@@ -16,7 +16,7 @@ concatenation may merge across the border.)
 """
 
 import argparse
-import csv
+import functools
 import hashlib
 import http.client
 import io
@@ -28,7 +28,11 @@ import sys
 import urllib.request
 import zipfile
 import zlib
-from dataclasses import astuple, dataclass
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,28 +42,36 @@ import torch
 from lib import world
 from lib.config import run_main
 from lib.files import check, read_bytes, read_json, refusing, some, write_atomic
-
-
-@dataclass
-class Example:
-    """A prompt and the texts that answer it."""
-
-    prompt: str                  # a meaning representation, an instruction, or nothing
-    references: list[str]        # different texts for it
+from lib.records import CONVERSATIONS, MR, READERS, Example, Listed, in_groups, read, shortened
+from lib.template import Added
 
 
 @dataclass
 class Data:
-    """Examples in three splits."""
+    """Examples in three splits, sequences of Example."""
 
-    train: list[Example]
-    val: list[Example]
-    test: list[Example]
+    train: Sequence
+    val: Sequence
+    test: Sequence
+    form: str = "prompt/completion"      # or representations, text, messages, ShareGPT, Alpaca
+    told: tuple = ()                     # lines about what was found in the files
 
     @property
     def fingerprint(self):
-        """SHA-256 of the content."""
-        return sha256_of(json.dumps(astuple(self)).encode())
+        """SHA-256 of the content as JSON, [[[prompt, references], ..], ..], which is read once more for it."""
+        digest = hashlib.sha256()
+        opening = "["
+        for split in (self.train, self.val, self.test):
+            digest.update(f"{opening}[".encode())
+            for i, example in enumerate(split):
+                content = [example.prompt, example.references]
+                if example.messages is not None:
+                    content.append(example.messages)
+                digest.update((", " * (i > 0) + json.dumps(content)).encode())
+            digest.update(b"]")
+            opening = ", "
+        digest.update(b"]")
+        return digest.hexdigest()
 
 
 def sha256_of(content):
@@ -67,162 +79,141 @@ def sha256_of(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def shortened(text, length=80):
-    """The text for a message: at most that many characters of it."""
-    return text if len(text) <= length else text[:length - 3] + "..."
-
-
 # -----------------------------------------------------------------------------
 # meaning representations as prompts
 
-MR = re.compile(r"\s*[\w ]+\[[^\[\]]+\]\s*(,\s*[\w ]+\[[^\[\]]+\]\s*)*")
 PIPE_KEYS = {"eatType": "Type", "priceRange": "price", "familyFriendly": "family friendly"}      # others stay
+
+
+def mr_pairs(text):
+    """ "name[X], eatType[pub]" -> [("name", "X"), ("eatType", "pub")]; None for a text of another form."""
+    if not MR.fullmatch(text):
+        return None
+    pairs = re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)
+    return [(key.strip(), value.strip()) for key, value in pairs]
 
 
 def parse_mr(text):
     """ "name[X], eatType[pub]" -> {"name": "X", "eatType": "pub"}; None for a text of another form."""
-    if not MR.fullmatch(text):
-        return None
-    pairs = re.findall(r"([\w ]+)\[([^\[\]]+)\]", text)
-    return {key.strip(): value.strip() for key, value in pairs}
+    pairs = mr_pairs(text)
+    return None if pairs is None else dict(pairs)
 
 
 def format_prompt(mr, template):
     """The prompt for a representation: "pipe" gives "name : X | Type : pub||" (as in the data of Hu
-    et al. 2021), "raw" gives the text and a line's end. A prompt of another form stays as it is."""
-    check(template in ("pipe", "raw"), f"template is {template!r}; it must be pipe or raw")
-    attributes = parse_mr(mr)
-    if attributes is None:
+    et al. 2021), "raw" gives the text and a line's end, any other template the text as it is. So does
+    every template for a text that is no representation."""
+    pairs = mr_pairs(mr) if template in ("pipe", "raw") else None
+    if pairs is None:
         return mr
     if template == "raw":
         return mr + "\n"
-    return " | ".join(f"{PIPE_KEYS.get(key, key)} : {value}" for key, value in attributes.items()) + "||"
+    return " | ".join(f"{PIPE_KEYS.get(key, key)} : {value}" for key, value in pairs) + "||"
 
 
 # -----------------------------------------------------------------------------
-# files
+# splits
+
+SPLIT_NAMES = (("train",), ("val", "valid", "validation", "dev"), ("test",))
+E2E_FOLDERS = (                  # names of the files for train, val and test
+    ("trainset.csv", "devset.csv", "testset_w_refs.csv"),
+    ("devset.csv", None, "testset_w_refs.csv"))                  # the small half of the challenge
 
 
-def read_text(path):
-    """The text of a file. ValueError where it cannot be read, is empty, or is not UTF-8; then the
-    message names the line."""
-    raw = read_bytes(path)
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw[:error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: byte {raw[error.start]:#04x} is not UTF-8") from None  # fault 24
-    check(text.strip(), f"{path}: the file is empty")  # fault 23
-    return text
+def draw(weights, parts, size):
+    """Indices of groups of units, drawn for each of `parts` splits until it has `size` units or more. None
+    where the groups are too few, or one makes a split more than twice as large as wanted."""
+    if len(weights) < parts + 1:
+        return None
+    order = iter(world.Draw(0).shuffled(range(len(weights))))
+    drawn = []
+    for _ in range(parts):
+        chosen, total = [], 0
+        while total < size:
+            chosen.append(next(order))
+            total += weights[chosen[-1]]
+        if total > 2 * size:
+            return None
+        drawn.append(chosen)
+    return drawn
 
 
-def group(path, pairs):
-    """(prompt, text) pairs -> Examples in order of first appearance, one for each prompt."""
-    check(pairs, f"{path}: no examples in it")
-    examples = {}
-    for prompt, text in pairs:
-        example = examples.setdefault(prompt, Example(prompt, []))
-        example.references.append(text)
-    return list(examples.values())
+def cut(source, name, parts):
+    """[indices of train's units, of those of each of `parts` more splits]: a tenth of all units each, at
+    most 500.
 
-
-def csv_rows(path):
-    """Yields ("path, line 3", list of cells) for each row. A blank line is a row without cells."""
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
-    where = f"{path}, line 1"
-    try:
-        for row in reader:
-            yield where, row
-            where = f"{path}, line {reader.line_num + 1}"        # where the next row begins
-    except csv.Error as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def read_csv(path):
-    """Examples of a file in the E2E challenge's form: a header with mr and ref, then a pair a row."""
-    rows = csv_rows(path)
-    _, header = next(rows)
-    missing = [column for column in ("mr", "ref") if column not in header]
-    check(not missing, f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'}")
-    pairs = []
-    for where, row in rows:
-        if not row:
-            continue
-        check(len(row) == len(header), f"{where}: {len(row)} columns where the header has {len(header)}")
-        cells = dict(zip(header, row))
-        mr, ref = cells["mr"], cells["ref"]
-        check(mr.strip(), f"{where}: mr is empty")
-        check(ref.strip(), f"{where}: ref is empty")
-        check(MR.fullmatch(mr), f"{where}: {shortened(mr)!r} is no representation; that is attribute[value], ...")
-        pairs.append((mr, ref))
-    return group(path, pairs)
-
-
-def json_pair(line, where):
-    """(prompt, completion) of a line of JSON; where is its place for a message."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None  # fault 24
-    is_object = isinstance(record, dict)
-    found = ", ".join(record) if is_object else type(record).__name__
-    complete = is_object and record.keys() >= {"prompt", "completion"}
-    check(complete, f"{where}: needs prompt and completion; found {found or 'nothing'}")
-    for key in ("prompt", "completion"):
-        is_text = isinstance(record[key], str) and not re.search("[\ud800-\udfff]", record[key])
-        check(is_text, f"{where}: {key} is not text")
-    check(record["completion"].strip(), f"{where}: completion is empty")
-    return record["prompt"], record["completion"]
-
-
-def read_jsonl(path):
-    """Examples of a file with a JSON object a line, each with prompt and completion."""
-    pairs = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if line.strip():
-            pairs.append(json_pair(line, f"{path}, line {number}"))
-    return group(path, pairs)
-
-
-def read_txt(path):
-    """Examples without prompts: the paragraphs that blank lines divide, each once."""
-    text = read_text(path).replace("\r\n", "\n")
-    paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
-    return [Example("", [paragraph]) for paragraph in dict.fromkeys(paragraphs)]
+    Units of one prompt stay together. Where that cannot be, because there is one prompt or none or because
+    a split would get more than twice its share, they are divided one by one.
+    """
+    n = len(source.keys)
+    check(n > parts, f"{name}: {n} different prompts cannot be split in {parts + 1}; add more, or files for the other splits")
+    size = min(500, max(1, n // 10))
+    order, starts = in_groups(source.keys)
+    drawn = draw(np.diff(starts), parts, size)
+    if drawn is None:
+        order, starts = np.arange(n), np.arange(n + 1)
+        drawn = draw(np.ones(n, int), parts, size)
+    units = [np.concatenate([order[starts[g]:starts[g + 1]] for g in chosen]) for chosen in drawn]
+    rest = np.setdiff1d(np.arange(n), np.concatenate([[], *units]))
+    return [rest, *map(np.sort, units)]
 
 
 def with_splits(name, train, val=None, test=None):
-    """Data of these splits. One that is None is cut off train: a tenth of it, at most 500 prompts."""
-    parts = 1 + (val is None) + (test is None)
-    check(len(train) >= parts, f"{name}: {len(train)} different prompts cannot be split in {parts}; add more, or files for the other splits")
-    size = min(500, max(1, len(train) // 10))
-    order = iter(world.Draw(0).shuffled(range(len(train))))
-
-    def take(n):
-        return [train[i] for i in sorted(itertools.islice(order, n))]
-
-    if val is None:
-        val = take(size)
-    if test is None:
-        test = take(size)
-    return Data(take(None), val, test)
+    """Data of these sources. A split without one is cut off train."""
+    sources = [source for source in (train, val, test) if source is not None]
+    forms = dict.fromkeys(source.form for source in sources)
+    check(len(forms) == 1, f"{name}: the splits are of different forms: {', '.join(forms)}; they must be of one")
+    units = cut(train, name, 3 - len(sources))
+    first, *rest = [train.take(part) for part in units]
+    splits = [first]
+    for source in (val, test):
+        splits.append(rest.pop(0) if source is None else source.take(range(len(source.keys))))
+    found = sum((source.told for source in sources), Counter())
+    return Data(*splits, train.form, tuple(TOLD[what].format(n) for what, n in found.items()))
 
 
-READERS = {".csv": read_csv, ".jsonl": read_jsonl, ".txt": read_txt}
-FOLDERS = (                      # names of the files for train, val and test
-    ("trainset.csv", "devset.csv", "testset_w_refs.csv"),
-    ("devset.csv", None, "testset_w_refs.csv"),                  # the small half of the challenge
-    ("train.jsonl", "val.jsonl", "test.jsonl"))
+TOLD = {
+    "ends": "{} ends of text written out in the data are taken as ends",
+    "joined": "{} messages joined with the one before them, of the same role",
+    "skipped": "{} conversations skipped, in which the assistant says nothing",
+}
+
+
+def overlap(corpus):
+    """The numbers of val's examples whose prompt is in train too, and whose prompt and a text are."""
+    def asked(example):
+        messages = [(message["role"], message["content"].strip()) for message in example.messages or ()]
+        return hash((example.prompt.strip(), *messages))
+
+    def answers(example):
+        question = asked(example)
+        return {hash((question, text.strip())) for text in example.references}
+
+    if corpus.form == "text":
+        prompts = set()                                          # No text has one.
+    else:
+        prompts = {asked(example) for example in corpus.train}
+    texts = {key for example in corpus.train for key in answers(example)}
+    same_prompt = sum(asked(example) in prompts for example in corpus.val)
+    same_text = sum(not texts.isdisjoint(answers(example)) for example in corpus.val)
+    return same_prompt, same_text
+
+
+def split_file(folder, found, names):
+    """The one file for a split among those found in the folder; None where there is none."""
+    files = [name + ending for name in names for ending in READERS if name + ending in found]
+    check(len(files) < 2, f"{folder}: {' and '.join(files)} are both there for one split; keep one")
+    return files[0] if files else None
 
 
 def load_folder(folder, name):
-    """The data of a folder, by the first row of FOLDERS whose train file is there."""
+    """The data of a folder: E2E's files, or train, val (valid, validation, dev) and test, each with the
+    ending of one of READERS."""
     found = sorted(file.name for file in folder.iterdir())
-    for files in FOLDERS:
-        if files[0] in found:
-            read = READERS[Path(files[0]).suffix]
-            splits = [read(folder / file) if file in found else None for file in files]
-            return with_splits(name, *splits)
+    rows = [files for files in E2E_FOLDERS if files[0] in found]
+    files = rows[0] if rows else [split_file(folder, found, names) for names in SPLIT_NAMES]
+    if files[0] is not None:
+        return with_splits(name, *(read(folder / file) if file in found else None for file in files))
     more = f" and {len(found) - 6} more" if len(found) > 6 else ""
     listed = ", ".join(found[:6]) + more or "nothing"
     raise ValueError(f"{name}: no data there; it must hold trainset.csv or devset.csv, or train.jsonl; found {listed}")
@@ -232,23 +223,24 @@ def load(name_or_path="embedded"):
     """The data of that name or path, as Data.
 
     "embedded" is the corpus of lib/world.py, "plain" its plain text. Paths: a folder with the E2E
-    challenge's devset.csv or trainset.csv and testset_w_refs.csv, or with train.jsonl, val.jsonl
-    and test.jsonl; or one file, .csv, .jsonl or .txt (paragraphs divided by blank lines). A split
-    without a file is cut off the train split by prompt, so that splits share none.
+    challenge's devset.csv or trainset.csv and testset_w_refs.csv, or with train, val and test, each
+    .jsonl, .json, .csv or .txt; or one such file. JSON holds pairs of prompt and completion, or
+    conversations (messages, ShareGPT, Alpaca). A split without a file is cut off the train split.
 
     ValueError where nothing known is there, or where a file is empty, broken (the message names the
     line) or without the columns.
     """
     name, path = str(name_or_path), Path(name_or_path)
     if name == "embedded":
-        return Data(*([Example(*pair) for pair in split] for split in world.embedded()))
+        splits = [[Example(*pair, is_representation=True) for pair in split] for split in world.embedded()]
+        return Data(*splits, "representations")
     if name == "plain":
-        return with_splits(name, [Example("", [text]) for text in world.plain_text()])
+        return with_splits(name, Listed("text", [Example("", [text]) for text in world.plain_text()]))
     if path.is_dir():
         return load_folder(path, name)
     check(path.is_file(), f"{name}: no such file or folder, nor one of the names embedded, plain")
     check(path.suffix in READERS, f"{name}: a data file ends in {', '.join(READERS)}")
-    return with_splits(name, READERS[path.suffix](path))
+    return with_splits(name, read(path))
 
 
 # -----------------------------------------------------------------------------
@@ -270,6 +262,10 @@ class Tokenizer:
 
     bos and eos are ids, or None where there is none. begin holds the ids that stand before a prompt,
     ends the ids beside eos with which a text may end: lib/run.py asks the base for them.
+
+    For chat templates (lib/template.py): special_tokens is {text: Added}, names {"bos_token": text, ..} as
+    the files name them, encode_special gives the ids of a text in which the words of special tokens are
+    those tokens (None where only lib/template.py can do that, with encode_at).
     """
 
     def __init__(self, encode, decode, vocab_size, special, files):
@@ -278,6 +274,8 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos, self.eos, self.begin = special.bos, special.eos, special.begin
         self.ends = frozenset()
+        self.special_tokens, self.names = {}, named_tokens(files)
+        self.encode_special, self._variant = None, None
         contents = [name.encode() + b"\0" + files[name] for name in sorted(files)]
         self.fingerprint = sha256_of(b"".join(contents))
 
@@ -338,7 +336,13 @@ class Tokenizer:
             special = read_special(folder, vocabulary, template, own)
             if path.is_file() or special != own:
                 files[path.name] = special.config_json(path, vocabulary)
-        return cls(model.encode, model.decode, model.vocab_size(), special, files)
+        made = cls(model.encode, model.decode, model.vocab_size(), special, files)
+        made.special_tokens = {piece: Added(i) for piece, i in vocabulary.items() if model.is_control(i)}
+        if special.bos is not None:
+            made.names.setdefault("bos_token", model.id_to_piece(special.bos))
+        if special.eos is not None:
+            made.names.setdefault("eos_token", model.id_to_piece(special.eos))
+        return made
 
     @classmethod
     def from_json(cls, path, new_tokens=()):
@@ -359,8 +363,20 @@ class Tokenizer:
         def encode(text):
             return inner.encode(text, add_special_tokens=False).ids
 
+        def encode_special(text):
+            inner.encode_special_tokens = False
+            ids = encode(text)
+            inner.encode_special_tokens = True
+            return ids
+
         vocab_size = max(vocabulary.values()) + 1
-        return cls(encode, inner.decode, vocab_size, special, files)
+        made = cls(encode, inner.decode, vocab_size, special, files)
+        made.encode_special = encode_special
+        made.special_tokens = {
+            token.content: Added(i, token.lstrip, token.rstrip)
+            for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        made._variant = functools.partial(encoder_behind, content)
+        return made
 
     @property
     def stops(self):
@@ -370,6 +386,16 @@ class Tokenizer:
     def encode(self, text):
         """Token ids, without bos and eos."""
         return self._encode(text) if text else []
+
+    def encode_at(self, text, place):
+        """Token ids of a text that stands "first", "behind" a special token, or "inside", behind other text.
+
+        Tokenizers of SentencePiece's kind put a space before a first text, some also before one behind a
+        special token, and none inside. A tokenizer.model has one way for all places.
+        """
+        if place == "first" or self._variant is None or not text:
+            return self.encode(text)
+        return self._variant(place)(text)
 
     def decode(self, ids):
         """The text of token ids; bos, the stops and ids beyond the vocabulary give none."""
@@ -434,6 +460,40 @@ def add_tokens(inner, tokens, path):
     check(not there, f"{path}: has {some(there)} already; only new tokens can be added")
     make = tokenizers_package().AddedToken
     inner.add_tokens([make(token, special=False, normalized=False) for token in tokens])
+
+
+@functools.lru_cache(4)
+def encoder_behind(content, place):
+    """A function from text to ids for a place of Tokenizer.encode_at. content: a tokenizer.json."""
+    package = tokenizers_package()
+    changed = json.loads(content)
+
+    def adapt(part):
+        """Takes away the space that a part of the tokenizer would put before the text."""
+        for inner in (*part.get("normalizers", ()), *part.get("pretokenizers", ())):
+            adapt(inner)
+        schemes = ("first", "always") if place == "inside" else ("first",)
+        if part.get("prepend_scheme") in schemes:
+            part["prepend_scheme"] = "never"
+        if part.get("type") == "Prepend" and place == "inside":
+            part["prepend"] = ""
+
+    adapt(changed.get("normalizer") or {})
+    adapt(changed.get("pre_tokenizer") or {})
+    inner = package.Tokenizer.from_str(json.dumps(changed))
+    inner.encode_special_tokens = True
+    return lambda text: inner.encode(text, add_special_tokens=False).ids
+
+
+def named_tokens(files):
+    """{"bos_token": text, ..}: what tokenizer_config.json, in the content of a tokenizer's files, names so."""
+    content = json.loads(files.get("tokenizer_config.json", b"{}"))
+    found = {}
+    for key, value in content.items():
+        token = value.get("content") if isinstance(value, dict) else value
+        if key.endswith("_token") and isinstance(token, str):
+            found[key] = token
+    return found
 
 
 def parse_pieces(content):
@@ -627,33 +687,119 @@ def agreed_template(folder):
 
 
 # -----------------------------------------------------------------------------
-# sequences: prompt and completion, masked by position
+# how prompts become tokens, in training and in generation alike
+
+
+class Format:
+    """A tokenizer with the run's template. chat: a lib.template.Chat, or None where prompts are texts that
+    the model goes on with."""
+
+    def __init__(self, tokenizer, template="pipe", chat=None):
+        self.tokenizer, self.template, self.chat = tokenizer, template, chat
+
+    def messages(self, example):
+        """The conversation before the answer. A prompt alone is what a user says."""
+        if example.messages is not None:
+            return example.messages
+        return [{"role": "user", "content": example.prompt}]
+
+    def text(self, example):
+        """What stands before an answer, for people to read."""
+        if self.chat is not None:
+            return self.chat.text(self.messages(example))
+        return format_prompt(example.prompt, self.template) if example.is_representation else example.prompt
+
+    def prompt(self, example):
+        """The ids of what stands before an answer."""
+        if self.chat is not None:
+            return self.chat.prompt(self.messages(example))
+        self.check_plain(example)
+        return self.tokenizer.encode_prompt(self.text(example))
+
+    def sequence(self, example, reference):
+        """(ids, n_prompt) of the example with one of its answers."""
+        if self.chat is not None:
+            return self.chat.example(self.messages(example), reference)
+        self.check_plain(example)
+        prompt = self.prompt(example)
+        return prompt + self.tokenizer.encode_completion(reference), len(prompt)
+
+    def check_plain(self, example):
+        """ValueError where the example is a conversation, which needs a chat template."""
+        check(example.messages is None, "the data are conversations, which need a chat template")
+
+
+def resolved_template(template, form):
+    """The template "auto", or one that says nothing of this form of data, as what it comes to."""
+    if template not in ("auto", "pipe", "raw", "none"):
+        check(form != "text", f"template is {template}, which is of conversations; the data are texts without prompts")
+        return template
+    if form in CONVERSATIONS:
+        return "base"
+    if form != "representations":
+        return "none"
+    return "pipe" if template == "auto" else template
+
+
+# -----------------------------------------------------------------------------
+# sequences: tokens, and which of them the model learns to write
 #
-#   ids        bos  p  p  p | c  c  c  eos            n_prompt = 4
-#   tokens     bos  p  p  p   c  c  c                 ids[:-1]
-#   targets     -1 -1 -1  c   c  c eos                ids[1:], -1 where the target is prompt
+#   ids        bos  p  p  p | c  c  c  eos
+#   counts       0  0  0  0   1  1  1  1               of a token as a target
+#   tokens     bos  p  p  p   c  c  c                  ids[:-1]
+#   targets     -1 -1 -1  c   c  c eos                 ids[1:], -1 where it does not count
 
 
 @dataclass
 class Encoded:
-    """A split as sequences of token ids, and what was left out of it."""
+    """A split as sequences of token ids, one behind the other, and what was left out of it."""
 
-    sequences: list              # of (ids, n_prompt)
-    block_size: int              # none is longer, nor are batches of them
+    tokens: np.ndarray           # int32, of all sequences
+    counts: np.ndarray           # bool, whether a token counts as a target
+    starts: np.ndarray           # where each sequence starts in them, with the end
+    block_size: int              # no sequence has more targets, nor have batches of them
     n_cut: int = 0               # sequences that lost their end to block_size
-    n_empty: int = 0             # sequences left out, because nothing in them was supervised
-    n_supervised: int = 0        # targets that count
-    n_tokens: int = 0            # tokens that go in
+    n_dropped: int = 0           # sequences left out because they are longer than block_size
+    n_empty: int = 0             # sequences left out because nothing in them counts
 
-    def add(self, ids, n_prompt):
-        """Takes a sequence in, or counts it as empty."""
-        supervised = len(ids) - max(n_prompt, 1)                 # nothing stands before the very first token
-        if supervised < 1:  # fault 26
-            self.n_empty += 1
-            return
-        self.sequences.append((ids, n_prompt))
-        self.n_supervised += supervised
-        self.n_tokens += len(ids) - 1
+    @classmethod
+    def of(cls, sequences, block_size):
+        """From (ids, counts) pairs, which may come one by one. One in which no target counts is left out."""
+        tokens, counts, starts = array("i"), bytearray(), array("q", [0])
+        n_empty = 0
+        for ids, which in sequences:
+            if not any(which[1:]):  # fault 26
+                n_empty += 1
+                continue
+            tokens.extend(ids)
+            counts += b"\0" + bytes(map(bool, which[1:]))       # Nothing stands before the first token.
+            starts.append(len(tokens))
+        kind = np.int32 if len(tokens) < 2**31 else np.int64
+        counts = np.frombuffer(bytes(counts), bool)
+        return cls(np.array(tokens, np.int32), counts, np.array(starts, kind), block_size, n_empty=n_empty)
+
+    def __len__(self):
+        return len(self.starts) - 1
+
+    def sequence(self, i):
+        """(ids, counts) of sequence i: int32 and bool, both of its length."""
+        span = slice(self.starts[i], self.starts[i + 1])
+        return self.tokens[span], self.counts[span]
+
+    @property
+    def lengths(self):
+        """The number of tokens of each sequence that go in: all but the last."""
+        return np.diff(self.starts) - 1
+
+    @property
+    def n_tokens(self):
+        """Tokens that go in."""
+        return len(self.tokens) - len(self)
+
+    @property
+    def n_supervised(self):
+        """Targets that count."""
+        return int(self.counts.sum())
 
 
 def check_vocabulary(ids, vocab_size, text):
@@ -663,44 +809,80 @@ def check_vocabulary(ids, vocab_size, text):
             raise ValueError(f"token {token} at index {i} of {shortened(text)!r} is beyond the vocabulary of {vocab_size}")
 
 
-def pieces(ids, n_prompt, block_size):
-    """A sequence as a list of (ids, n_prompt), each of at most block_size targets. The last token of
-    one is the first of the next, where it counts as prompt."""
+def pieces(ids, counts, block_size):
+    """A sequence as a list of (ids, counts), each of at most block_size targets. The last token of one is
+    the first of the next, where it is no target."""
     starts = range(0, max(len(ids) - 1, 1), block_size)
-    return [(ids[start:start + block_size + 1], 1 if start else n_prompt) for start in starts]
+    return [(ids[start:start + block_size + 1], counts[start:start + block_size + 1]) for start in starts]
+
+
+TRAIN_ON = ("completion", "prompt+completion")
+TOO_LONG = ("refuse", "cut", "drop")
 
 
 def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", all_references=True,
-           vocab_size=None):
+           vocab_size=None, train_on="completion", chat=None):
     """Examples -> Encoded. Each reference makes a sequence; without all_references only the first.
 
-    A sequence of more than block_size tokens is refused, or cut and counted (too_long="cut"). Text
-    without a prompt is neither: it goes on in the next sequence. vocab_size is the model's, where
-    it differs from the tokenizer's.
+    A sequence of more than block_size tokens is refused, or cut, or dropped, and counted (too_long). Text
+    without a prompt is none of these: it goes on in the next sequence. vocab_size is the model's, where
+    it differs from the tokenizer's. train_on: whether the prompt counts too. chat: a lib.template.Chat,
+    which conversations need.
     """
-    check(too_long in ("refuse", "cut"), f"too_long is {too_long!r}; it must be refuse or cut")
+    check(too_long in TOO_LONG, f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}")
+    check(train_on in TRAIN_ON, f"train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
     check(block_size >= 1, f"block_size is {block_size}; it must be at least 1")
-    check(examples, "there are no examples to encode: the split is empty")
-    encoded = Encoded([], block_size)
-    for example in examples:
-        prompt = tokenizer.encode_prompt(format_prompt(example.prompt, template))
-        references = example.references if all_references else example.references[:1]
-        for reference in references:
-            completion = tokenizer.encode_completion(reference)
-            if completion in ([], [tokenizer.eos]):      # the end alone would teach to say nothing
-                encoded.n_empty += 1
-                continue
-            ids = prompt + completion
-            check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
-            kept = pieces(ids, len(prompt), block_size)
-            if example.prompt and len(kept) > 1:
-                check(too_long == "cut", f"{shortened(example.prompt)!r} and its text have {len(ids) - 1} tokens, block_size is {block_size}; raise it, or set too_long to cut")  # fault 27
-                encoded.n_cut += 1
-                kept = kept[:1]
-            for piece in kept:
-                encoded.add(*piece)
-    check(encoded.sequences, f"nothing to learn from in {len(examples)} examples: all {encoded.n_empty} sequences are empty or all prompt")
+    check(len(examples), "there are no examples to encode: the split is empty")
+    made = Format(tokenizer, template, chat)
+    lost = Counter()
+
+    def sequences():
+        for i, example in enumerate(examples):
+            references = example.references if all_references else example.references[:1]
+            for reference in references:
+                with located_in(examples, i):
+                    ids, n_prompt = made.sequence(example, reference)
+                if chat is None and ids[n_prompt:] in ([], [tokenizer.eos]):
+                    lost["empty"] += 1                           # The end alone would teach to say nothing.
+                    continue
+                check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
+                n_masked = n_prompt if train_on == "completion" else 0
+                counts = [False] * n_masked + [True] * (len(ids) - n_masked)
+                is_text = not example.prompt and example.messages is None
+                yield from fitted(pieces(ids, counts, block_size), example, too_long, lost, is_text)
+
+    encoded = Encoded.of(sequences(), block_size)
+    encoded.n_cut, encoded.n_dropped = lost["cut"], lost["dropped"]
+    encoded.n_empty += lost["empty"]
+    dropped = f", {encoded.n_dropped} longer than block_size {block_size}" if encoded.n_dropped else ""
+    check(len(encoded), f"nothing to learn from in {len(examples)} examples: all {encoded.n_empty} sequences are empty or all prompt{dropped}")
     return encoded
+
+
+@contextmanager
+def located_in(examples, i):
+    """Puts the place of example i in front of what a ValueError says, where the examples lie in a file."""
+    try:
+        yield
+    except ValueError as error:
+        if not hasattr(examples, "place"):
+            raise
+        raise ValueError(f"{examples.place(i)}: {error}") from None
+
+
+def fitted(kept, example, too_long, lost, is_text):
+    """Those pieces of a sequence that are trained on. ValueError where too_long says so."""
+    if len(kept) == 1 or is_text:
+        return kept
+    tokens = sum(len(ids) - 1 for ids, _ in kept)
+    block_size = len(kept[0][0]) - 1
+    check(too_long != "refuse", f"{shortened(example.prompt)!r} and its text have {tokens} tokens, block_size is {block_size}; "
+                                "raise it, or set too_long to cut or drop")  # fault 27
+    if too_long == "drop":
+        lost["dropped"] += 1
+        return []
+    lost["cut"] += 1
+    return kept[:1]
 
 
 def padded(length, block_size):
@@ -710,16 +892,15 @@ def padded(length, block_size):
 
 
 def collate(sequences, block_size):
-    """[(ids, n_prompt)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
+    """[(ids, counts)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
     B = len(sequences)
     T = padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
     tokens = np.zeros((B, T), np.int64)
     targets = np.full((B, T), -1, np.int64)
-    for row, (ids, n_prompt) in enumerate(sequences):
+    for row, (ids, counts) in enumerate(sequences):
         end = len(ids) - 1
-        start = max(n_prompt, 1)
         tokens[row, :end] = ids[:-1]
-        targets[row, start - 1:end] = ids[start:]
+        targets[row, :end] = np.where(counts[1:], ids[1:], -1)
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
@@ -739,10 +920,9 @@ class Batches:
     def __init__(self, encoded, batch_size, seed, rank=0, world_size=1):
         fits = batch_size >= 1 and 0 <= rank < world_size
         check(fits, f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
-        check(encoded.sequences, "there are no sequences to make batches of")
-        self.sequences, self.block_size = encoded.sequences, encoded.block_size
+        check(len(encoded), "there are no sequences to make batches of")
+        self.encoded, self.lengths = encoded, encoded.lengths
         self.rank, self.world_size = rank, world_size
-        self.lengths = np.array([len(ids) - 1 for ids, _ in self.sequences])
         self.global_batch, self.seed = batch_size * world_size, seed
         self.start(0)
 
@@ -753,7 +933,7 @@ class Batches:
     def plan_of(self, epoch):
         """(n_batches, global_batch) indices: the full batches that end within this epoch of the
         stream of permutations. It depends on seed and epoch alone, so two numbers are the state."""
-        n, G = len(self.sequences), self.global_batch
+        n, G = len(self.encoded), self.global_batch
         start = epoch * n // G * G
         stop = (epoch + 1) * n // G * G
         if start == stop:
@@ -785,12 +965,12 @@ class Batches:
             self.start(self.epoch + 1)
         rows = self.plan[self.index][self.rank::self.world_size]
         self.index += 1
-        return collate([self.sequences[i] for i in rows], self.block_size)
+        return collate([self.encoded.sequence(i) for i in rows], self.encoded.block_size)
 
     def state_dict(self):
         """The position: the next batch, and what it depends on."""
         return {
-            "epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.sequences),
+            "epoch": self.epoch, "index": self.index, "seed": self.seed, "sequences": len(self.encoded),
             "global_batch": self.global_batch}
 
     def load_state_dict(self, state):
@@ -807,14 +987,14 @@ class Batches:
 
 
 def eval_batches(encoded, batch_size, limit=None):
-    """A list of (tokens, targets), always the same: of all sequences, or of limit batches of them,
-    which are spread evenly over the split."""
-    sequences = encoded.sequences
-    count = limit * batch_size if limit else len(sequences)
-    if count < len(sequences):
-        sequences = [sequences[i * len(sequences) // count] for i in range(count)]
-    sequences = sorted(sequences, key=lambda sequence: len(sequence[0]))
-    starts = range(0, len(sequences), batch_size)
+    """A list of (tokens, targets), always the same: of all sequences, or of `limit` of them, which are
+    spread evenly over the split. Which they are does not depend on batch_size."""
+    n = len(encoded)
+    count = min(limit or n, n)
+    chosen = np.arange(count) * n // count
+    chosen = chosen[np.argsort(encoded.lengths[chosen], kind="stable")]
+    sequences = [encoded.sequence(i) for i in chosen]
+    starts = range(0, count, batch_size)
     return [collate(sequences[i:i + batch_size], encoded.block_size) for i in starts]
 
 

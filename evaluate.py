@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 from lib.config import read_run_config, run_main
@@ -55,7 +56,7 @@ import peft
 from lib import report
 from lib.beam import beam_search
 from lib.files import write_atomic
-from lib.run import load_run, sample_text
+from lib.run import chat_of, load_run, sample_text
 from lib.scores import score
 
 # -----------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def continue_prompts(model, tokenizer, prompts, args):
     """A text for each prompt, in one batch: greedily, or by beam search where args ask for it."""
     if args.beams <= 1 and not args.no_repeat_ngram:
         return sample_text(model, tokenizer, prompts, args.max_new_tokens)
-    encoded = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    encoded = [tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     found = beam_search(model, encoded, args.max_new_tokens, args.beams, args.length_penalty,
                         args.no_repeat_ngram, tokenizer.stops)
     return [tokenizer.decode(ids) for ids in found]
@@ -94,9 +95,11 @@ def continue_prompts(model, tokenizer, prompts, args):
 def write_texts(model, tokenizer, prompts, args, progress):
     """A text for every prompt, in batches of similar length: list of str in the order of the prompts.
 
-    progress is called with the number of texts that are done, after each batch.
+    Prompts are texts or lists of token ids. progress is called with the number of texts that are done,
+    after each batch.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(tokenizer.encode(prompts[i])))
+    lengths = [len(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lengths.__getitem__)
     texts = {}
     for start in range(0, len(order), args.batch_size):
         batch = order[start:start + args.batch_size]
@@ -129,7 +132,8 @@ def evaluate_run(folder, args):
     """
     model, tokenizer, config = load_run(folder, args.device, args.dtype)
     source = args.data or config.data
-    test = data.load(source).test[:args.limit or None]
+    corpus = data.load(source)
+    test = corpus.test[:args.limit or None]
     if not any(example.references for example in test):
         raise ValueError(f"{source}: no test split with references there")
     start = time.perf_counter()
@@ -140,14 +144,16 @@ def evaluate_run(folder, args):
         if sys.stderr.isatty():
             print(f"\r{folder}: {done}/{len(test)}, {rate:.1f}/s ", end=end, file=sys.stderr)
 
-    prompts = [data.format_prompt(example.prompt, config.template) for example in test]
+    config = replace(config, template=data.resolved_template(config.template, corpus.form))
+    made = data.Format(tokenizer, config.template, chat_of(config, tokenizer, folder))
+    prompts = [made.prompt(example) for example in test]
     predictions = write_texts(model, tokenizer, prompts, args, progress)
     seconds = time.perf_counter() - start
     references = [example.references for example in test]
     row = {"method": config.method, "trainable": peft.count_parameters(model)["trainable"]}
     if config.base == str(folder):                               # a model, not a run
         row = {"method": "base", "trainable": 0}
-    row |= score(predictions, references, [example.prompt for example in test])
+    row |= score(predictions, references, [example.prompt for example in test if example.is_representation])
     row |= {"seconds": round(seconds, 1), "texts": len(test)}
     texts = {"predictions.txt": lines(predictions), "references.txt": "\n".join(map(lines, references)),
              "scores.json": json.dumps(row, indent=1) + "\n"}

@@ -52,7 +52,7 @@ from lib.tokens import trains_tables
 BASE = Path("out/base")
 PRETRAIN = Config(
     method="full", base="new", data="plain", out_dir=str(BASE), max_iters=3600, learning_rate=2e-3, warmup_iters=100,
-    eval_interval=1200, eval_batches=10, weight_decay=0.1, beta2=0.95, sample_count=2)
+    eval_interval=1200, eval_sequences=80, weight_decay=0.1, beta2=0.95, sample_count=2)
 
 
 def with_base(config):
@@ -90,7 +90,7 @@ def train(config):
         config = with_base(config)
         torch.manual_seed(config.seed)
         run = set_up(config, folder, device)
-        model = run.model
+        config, model = run.config, run.model                    # What depends on the data is resolved now.
         fresh = not config.resume and not config.dry_run
         if fresh and start is None:
             note_before(run)
@@ -131,13 +131,14 @@ def describe(run, report):
     counts, encoded = peft.count_parameters(run.model), run.encoded["train"]
     trainable, total = counts["trainable"], counts["total"]
     storage = ", ".join(f"{size(n)} {kind}" for kind, n in storage_by_type(run.model).items())
-    sequences, n_step = len(encoded.sequences), config.batch_size * config.gradient_accumulation_steps
+    sequences, n_step = len(encoded), config.batch_size * config.gradient_accumulation_steps
     splits = " / ".join(str(len(getattr(run.corpus, split))) for split in ("train", "val", "test"))
     supervised = encoded.n_supervised / max(encoded.n_tokens, 1)
     tokens = n_step * encoded.n_tokens / max(sequences, 1)
     stored = f", linear layers in {config.quant}" if config.quant else ""
     each = " in each process" if config.fsdp else ""
     cut = f", {encoded.n_cut} cut" if encoded.n_cut else ""
+    cut += f", {encoded.n_dropped} dropped, longer than {encoded.block_size}" if encoded.n_dropped else ""
     empty = f", {encoded.n_empty} empty ones skipped" if encoded.n_empty else ""
     say(f"base       {config.base}: {shape.n_layer} layers x {shape.n_embd}, {counts['base']:,} parameters{stored}")
     say(*(f"method     {line}" for line in report))
@@ -147,17 +148,29 @@ def describe(run, report):
         say(f"tokens     those of {config.add_tokens} beside the base's; {shape.vocab_size} rows in the embedding, which is trained")
     say(f"trained    {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     say(f"storage    {storage}{each}; computed in {config.dtype} on {run.model.head.weight.device}")
-    say(f"data       {config.data}: {splits} train / val / test, {sequences} training sequences, "
+    say(f"data       {config.data}, {run.corpus.form}: {splits} train / val / test, {sequences} training sequences, "
         f"{supervised:.0%} of tokens supervised{cut}{empty}")
+    say(*(f"data       {line}" for line in told_of_data(run)))
     say(f"step       {n_step} sequences, about {tokens:.0f} tokens; {config.max_iters} steps")
     if config.base != "new" and data.Tokenizer.load(config.base).eos != run.tokenizer.eos:
         say("end        the base has never seen its own end token; texts end with its beginning-of-sequence token")
     say(f"folder     {run.folder}")
     rows = config.batch_size // machine.WORLD_SIZE
-    longest = max(len(ids) - 1 for ids, _ in encoded.sequences)
+    longest = encoded.lengths.max()
     length = int(data.padded(longest, encoded.block_size))
     alone = " without fsdp" if config.fsdp else ""
     say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens")
+
+
+def told_of_data(run):
+    """Lines about what was found in the data, and how conversations are rendered."""
+    lines = list(run.corpus.told)
+    same_prompt, same_text = data.overlap(run.corpus)
+    if same_prompt or same_text:
+        lines.append(f"of {len(run.corpus.val)} val examples, {same_prompt} have a prompt that is in train too, {same_text} prompt and text")
+    if run.chat is not None:
+        lines.append(f"rendered by {run.chat.name}")
+    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -199,7 +212,8 @@ def measured(run, micro_batches):
 
 def loop(run):
     """
-    Trains until max_iters (True), or until somebody asks for an end (False). The state is saved either way.
+    Trains until max_iters, or until patience is at its end (True), or until somebody asks for an end (False).
+    The state is saved either way.
     """
     config, model, progress = run.config, run.model, run.progress
     interrupt, first = Interrupt(), progress["step"]
@@ -209,7 +223,7 @@ def loop(run):
     saving = partial(offload, model) if config.offload else nullcontext
     can_measure = machine.RANK == 0 and not config.compile and not config.fsdp
     model.train()
-    while progress["step"] < config.max_iters:                                                  # fault 18
+    while progress["step"] < config.max_iters and has_patience(run):                            # fault 18
         if machine.anybody(interrupt.asked, run.device):
             save_state(run)
             say(f"interrupted after step {progress['step']}; python train.py --resume {shlex.quote(str(run.folder))} goes on")
@@ -243,6 +257,15 @@ def loop(run):
     return True
 
 
+def has_patience(run):
+    """Whether the run goes on: not where the last evaluations had no better loss, patience of them."""
+    patience, waited = run.config.patience, run.progress["waited"]
+    goes_on = not patience or waited < patience
+    if not goes_on:
+        say(f"stopped    after step {run.progress['step']}: no better val loss in {waited} evaluations")
+    return goes_on
+
+
 def next_batch(run):
     """(tokens, targets) on the device."""
     tokens, targets = next(run.batches)
@@ -254,10 +277,13 @@ def evaluate_and_save(run, log):
     progress = run.progress
     losses = {f"{split}_loss": split_loss(run, split) for split in ("train", "val")}
     say(f"step {progress['step']}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
+    val_loss = machine.gathered(losses["val_loss"])[0]           # All processes stop after the same step.
+    is_better = val_loss < progress["best"]
+    progress["best"] = min(val_loss, progress["best"])
+    progress["waited"] = 0 if is_better else progress["waited"] + 1
     if log:
         log.write(step=progress["step"], **losses)
-        if losses["val_loss"] < progress["best"]:
-            progress["best"] = losses["val_loss"]
+        if is_better:
             peft.save_adapter(run.model, run.folder / "adapter.pt")
     save_state(run)
 
@@ -323,7 +349,9 @@ def finish(run):
     say("", text, f"val loss   {progress['before']:.4f} -> {progress['best']:.4f}{skipped}")
     say(f"adapter    {adapter}, {size(metrics['adapter_bytes'])}; the base takes {size(run.base_bytes)}")
     say(f"peak       {size(metrics['peak_bytes'])}")
-    say(f"next       python sample.py {shlex.quote(str(folder))} --prompt {shlex.quote(run.corpus.val[0].prompt)}")
+    first = run.corpus.val[0]
+    way = "--chat" if first.messages else f"--prompt {shlex.quote(first.prompt)}"
+    say(f"next       python sample.py {shlex.quote(str(folder))} {way}")
     return metrics
 
 

@@ -35,7 +35,7 @@ class Knobs:
     method: str = "lora"              # one of peft.METHODS, or several joined by +
     train_also: str = ""              # embed, head, norm, joined by commas: beside the method, as if joined to it by +
     base: str = ""                    # folder in Hugging Face layout; none: a small one, pretrained once into out/base
-    data: str = "embedded"            # embedded, plain, or a path: E2E folder, .jsonl (prompt, completion), .txt
+    data: str = "embedded"            # embedded, plain, or a path: a folder, .jsonl, .json, .csv, .txt
     out_dir: str = ""                 # the run's folder; none: out/METHOD, numbered where that is taken
     resume: str = ""                  # the folder of a run to go on with
     init_from: str = ""               # a run, an adapter.pt or a folder of PEFT's: the new run starts with its tensors
@@ -48,13 +48,16 @@ class Knobs:
     # data
     add_tokens: str = ""              # a file, one new token a line; embed is trained then (and head, if untied)
     block_size: int = 0               # longest sequence; 0: the base's context
-    template: str = "pipe"            # of meaning representations: pipe (name : X | food : Y||) or raw
-    too_long: str = "refuse"          # or cut
+    template: str = "auto"            # representations: pipe, raw, none; chat: base, chatml, a .jinja file
+    too_long: str = "refuse"          # or cut, or drop
+    train_on: str = "completion"      # or prompt+completion
     prompt_init: str = ""             # prompt: text the soft prompt starts from; none: random
     # optimization
     batch_size: int = 8               # sequences a micro-batch, shared among the processes
     gradient_accumulation_steps: int = 1    # micro-batches a step
     max_iters: int = 1200             # optimizer steps
+    epochs: float = 0.0               # passes over the training sequences; 0: max_iters says how many steps
+    patience: int = 0                 # evaluations without a better loss after which the run stops; 0: none
     learning_rate: float = 2e-3       # at its highest
     lora_plus_ratio: float = 16.0     # LoRA+: learning rate of B over that of A; 1: plain LoRA
     lr_schedule: str = "cosine"       # cosine, linear or constant, after the warm-up
@@ -67,7 +70,7 @@ class Knobs:
     label_smoothing: float = 0.0      # share of the target that all tokens have alike
     # evaluation and saving
     eval_interval: int = 300          # steps; the state is saved then too
-    eval_batches: int = 40            # batches of each split; 0: all
+    eval_sequences: int = 320         # sequences of each split; 0: all
     save_interval: int = 0            # steps between saves beside those; 0: none
     log_interval: int = 20            # steps between progress lines
     sample_count: int = 3             # representations to write about before and after
@@ -90,7 +93,8 @@ class Knobs:
                     raise ValueError(f"{name} is {value}; it must be {rule}")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:                                                        # fault 33
+            is_file = name == "template" and value.endswith(".jinja")
+            if value not in allowed and not is_file:                                        # fault 33
                 raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")
         for name in filter(None, self.train_also.split(",")):
             if name not in TRAIN_ALSO:
@@ -107,18 +111,20 @@ def with_methods(method, *names):
 TRAIN_ALSO = ("embed", "head", "norm")
 RANGES = (       # knobs, the least value, the value that none reaches, and that in words
     (("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "rank"), 1, math.inf, "at least 1"),
-    (("max_iters", "warmup_iters", "eval_batches", "save_interval", "block_size", "sample_count", "quant_block", "min_lr",
-      "weight_decay", "grad_clip"), 0, math.inf, "a number, at least 0"),
+    (("max_iters", "epochs", "patience", "warmup_iters", "eval_sequences", "save_interval", "block_size",
+      "sample_count", "quant_block", "min_lr", "weight_decay", "grad_clip"), 0, math.inf, "a number, at least 0"),
     (("learning_rate",), sys.float_info.min, math.inf, "a number above 0"),
     (("beta1", "beta2", "label_smoothing", "dropout"), 0, 1, "in [0, 1)"),
 )
 CHOICES = {
     "lr_schedule": ("cosine", "linear", "constant"),
-    "too_long": ("refuse", "cut"),
-    "template": ("pipe", "raw"),
+    "too_long": ("refuse", "cut", "drop"),
+    "train_on": ("completion", "prompt+completion"),
+    "template": ("auto", "pipe", "raw", "none", "base", "chatml"),
     "dtype": ("auto", "float32", "bfloat16"),
 }
-MAY_CHANGE = ("max_iters", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp")   # on resuming
+MAY_CHANGE = (   # on resuming
+    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp")
 
 # -----------------------------------------------------------------------------
 # options of methods, read from the source of peft.py
@@ -191,8 +197,22 @@ KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
+FORMER = "eval_batches"          # It was a number of batches, so that losses changed with the batch size.
+
+
+def renamed(values):
+    """Keys and values, where batches to evaluate become as many sequences. eval_sequences holds beside them."""
+    values = dict(values)
+    batches = values.pop(FORMER, None)
+    if batches is not None and "eval_sequences" not in values:
+        values["eval_sequences"] = batches * values.get("batch_size", FIELDS["batch_size"].default)
+    return values
+
+
 def convert(name, value, where):
     """The value of a key, from TOML or from a flag's string, in the field's type."""
+    if name == FORMER:
+        return convert("max_iters", value, where)                # Another whole number.
     if name not in FIELDS:
         nearest = difflib.get_close_matches(name, FIELDS, 1, 0.0)[0]
         raise ValueError(f"{where}: unknown key {name!r}; the nearest is {nearest!r}")
@@ -235,7 +255,7 @@ def write_toml(config):
 
 def read_run_config(folder):
     """The Config of a run's folder."""
-    return Config(**read_toml(Path(folder, "config.toml")))
+    return Config(**renamed(read_toml(Path(folder, "config.toml"))))
 
 
 # -----------------------------------------------------------------------------
@@ -270,7 +290,11 @@ def command_line(args):
     flags = parse_flags(args)
     if "resume" in values | flags:
         return resumed(values | flags)
-    config = Config(**values | flags)
+    if flags.get("max_iters") and flags.get("epochs"):
+        raise ValueError("command line: max_iters and epochs are both given; one of them says how long the run is")
+    if FORMER in flags:
+        values.pop("eval_sequences", None)
+    config = Config(**renamed(values | flags))
     config.given = frozenset(values | flags)
     if config.init_from:                                         # The adapter says which method it is of.
         return config
@@ -286,7 +310,8 @@ def resumed(values):
         raise ValueError(f"--init_from starts a new run and --resume goes on with {folder}; give one of them")
     if not Path(folder, "config.toml").is_file():
         raise ValueError(f"{folder}: no run to resume there (it has no config.toml)")
-    before = dataclasses.asdict(Config(**read_toml(Path(folder, "config.toml"))))
+    before = dataclasses.asdict(read_run_config(folder))
+    values = renamed({"batch_size": before["batch_size"]} | values)
     before |= {"out_dir": folder, "dry_run": False}
     for name, value in values.items():
         if name not in (*MAY_CHANGE, "resume", "dry_run") and before[name] != value:            # fault 20

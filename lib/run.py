@@ -20,8 +20,8 @@ import torch
 import data
 import peft
 import quant
-from lib import checkpoint, machine
-from lib.config import MAY_CHANGE, Config, method_options, read_run_config, write_toml
+from lib import checkpoint, machine, template
+from lib.config import FIELDS, MAY_CHANGE, Config, method_options, read_run_config, renamed, write_toml
 from lib.files import check, read_file, save_file, write_atomic
 from lib.kernels import simulating
 from lib.tokens import add_tokens
@@ -145,7 +145,7 @@ def load_base(config, device, dtype, saved=""):
     """
     if config.base == "new":
         examples = data.load(config.data).train
-        texts = [text for example in examples for text in (example.prompt, *example.references)]
+        texts = [text for example in examples for text in example.texts]
         tokenizer = data.Tokenizer.train(texts, SMALL.vocab_size)
         shape = dataclasses.replace(SMALL, vocab_size=tokenizer.vocab_size)
         return GPT(shape, dtype).to(device), tokenizer
@@ -173,6 +173,29 @@ def has_twin(table, i):
         similarity = torch.nn.functional.cosine_similarity(row, rows.float())
         n_alike += int((similarity > 0.9999).sum())
     return n_alike > 1
+
+
+def chat_of(config, tokenizer, folder):
+    """
+    The chat template of a run as a template.Chat, whose ends become the tokenizer's too; None where prompts
+    are plain. The copy in the run's folder holds, if there is one.
+    """
+    if config.template in ("auto", "pipe", "raw", "none"):
+        return None
+    kept = Path(folder, template.KEPT)
+    is_run = Path(folder, "config.toml").is_file()
+    wanted = str(kept) if is_run and kept.is_file() else config.template
+    chat = template.load(wanted, config.base, tokenizer)
+    tokenizer.ends = tokenizer.ends | chat.ends
+    return chat
+
+
+def iterations(config, n_sequences):
+    """The configuration with epochs replaced by the steps that they come to, the last one full."""
+    if not config.epochs:
+        return config
+    each = config.batch_size * config.gradient_accumulation_steps
+    return dataclasses.replace(config, max_iters=math.ceil(config.epochs * n_sequences / each), epochs=0.0)
 
 
 def attach_methods(model, tokenizer, config):
@@ -231,10 +254,11 @@ class Run:
     encoded: dict                        # split -> data.Encoded
     fingerprints: dict                   # of base, data and tokenizer
     base_bytes: int
+    chat: template.Chat | None = None
     optimizer: torch.optim.Optimizer | None = None
     batches: data.Batches | None = None
     progress: dict = field(default_factory=lambda: {
-        "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0})
+        "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0, "waited": 0})
 
 
 def set_up(config, folder, device):
@@ -243,38 +267,43 @@ def set_up(config, folder, device):
     saved = config.resume or config.init_from                    # A run that has added tokens passes them on.
     model, tokenizer = load_base(config, first_device, getattr(torch, config.dtype), saved)
     corpus = data.load(config.data)
+    config = dataclasses.replace(config, template=data.resolved_template(config.template, corpus.form))
+    chat = chat_of(config, tokenizer, folder)
     context = model.config.block_size
     taken = peft.virtual_positions(config.method, method_options(config))
     check(taken < context, f"{config.method} takes {taken} of the {context} positions of the context and leaves none to the tokens")   # fault 29
     length = min(config.block_size or context, context - taken)
     encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
-                                  vocab_size=model.config.vocab_size)
+                                  vocab_size=model.config.vocab_size, train_on=config.train_on, chat=chat)
                for split in ("train", "val")}
+    config = iterations(config, len(encoded["train"]))
     fingerprints = {
         "base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
     machine.agree(fingerprints)
     base_bytes = sum(storage_by_type(model).values())
     if config.fsdp:
         machine.shard(model, device)
-    return Run(config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes)
+    return Run(config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes, chat)
 
 
 def split_loss(run, split):
-    """The loss of a split, "train" or "val", over the batches that the configuration says."""
-    batches = data.eval_batches(run.encoded[split], run.config.batch_size, run.config.eval_batches or None)
+    """The loss of a split, "train" or "val", over as many sequences as the configuration says."""
+    batches = data.eval_batches(run.encoded[split], run.config.batch_size, run.config.eval_sequences or None)
     return evaluate(run.model, batches, run.device)
 
 
 def samples(run):
     """[(prompt, continuation)] of the first validation examples."""
     examples = run.corpus.val[:run.config.sample_count]
-    prompts = [data.format_prompt(example.prompt, run.config.template) for example in examples]
-    return list(zip(prompts, sample_text(run.model, run.tokenizer, prompts))) if prompts else []
+    made = data.Format(run.tokenizer, run.config.template, run.chat)
+    prompts = [made.text(example) for example in examples]
+    ids = [made.prompt(example) for example in examples]
+    return list(zip(prompts, sample_text(run.model, run.tokenizer, ids))) if prompts else []
 
 
 def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
-    """Continues prompts, greedily unless told: list of str."""
-    prompts = [tokenizer.encode_prompt(prompt) for prompt in prompts]
+    """Continues prompts, texts or lists of token ids, greedily unless told: list of str."""
+    prompts = [tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     mode = model.training
     options = {"temperature": 0, "stop": tokenizer.stops} | options
     results = model.eval().generate(prompts, max_new_tokens, **options)
@@ -333,6 +362,8 @@ def only_writer(folder):
 def write_beginning(run):
     """Writes what identifies the run into its folder: the tokenizer and the resolved configuration."""
     run.tokenizer.save(run.folder)
+    if run.chat is not None:
+        write_atomic(run.folder / template.KEPT, run.chat.source.encode())
     write_atomic(run.folder / "config.toml", [write_toml(run.config).encode()])
 
 
@@ -447,8 +478,9 @@ def check_state(run, state):
     check(type(state["rng"].get("cpu")) is list, f"{where}: lacks the state of the random generator; it cannot be resumed")  # fault 16
     for what, value in run.fingerprints.items():
         check(state["fingerprints"].get(what) == value, f"{where}: the {what} has changed since that run (its fingerprint differs)")  # fault 19
+    config = renamed(state["config"])
     for name, value in dataclasses.asdict(run.config).items():
-        before = state["config"].get(name)
+        before = config.get(name, FIELDS[name].default)
         may_differ = name in (*MAY_CHANGE, "resume", "dry_run", "out_dir")          # A folder may have moved.
         check(may_differ or before == value, f"{where}: {name} was {before!r} when the state was saved; config.toml says {value!r}")  # fault 14
     check(fits(run.optimizer, state["optimizer"]), f"{where}: its optimizer state does not fit the trained tensors")  # fault 15

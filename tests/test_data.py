@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -81,6 +82,7 @@ def test_templates():
     mr = "name[The Plough], eatType[pub], priceRange[£20-25], familyFriendly[no], customer rating[5 out of 5]"
     assert format_prompt(mr, "pipe") == "name : The Plough | Type : pub | price : £20-25 | family friendly : no | customer rating : 5 out of 5||"
     assert format_prompt(mr, "raw") == mr + "\n" and format_prompt("Write a poem.", "pipe") == "Write a poem."
+    assert format_prompt("food[Thai], food[Indian]", "pipe") == "food : Thai | food : Indian||"
 
 
 def test_json_lines_and_text(tmp_path):
@@ -99,7 +101,7 @@ def test_json_lines_and_text(tmp_path):
     ("a.csv", b"mr,ref\n", "no examples"), ("a.csv", b"", "empty"), ("a.csv", b"mr,ref\nname[x],\xff\n", "line 2: byte 0xff is not UTF-8"),
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2: not JSON"), ("a.jsonl", b'{"prompt": "a"}\n', "line 1: needs prompt and completion; found prompt"),
     ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "line 1: prompt is not text"), ("a.jsonl", b'{"prompt": "", "completion": " "}\n', "line 1: completion is empty"),
-    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .jsonl, .txt"),
+    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .json, .jsonl, .txt"),
 ])
 def test_files_that_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -409,7 +411,7 @@ def test_a_pointer_of_git_lfs_is_told_as_what_it_is(tmp_path, name):
 def test_mask_is_a_position(tokenizer):
     """Prompt tokens are masked also where the completion has the same ones, and the end token is supervised."""
     encoded = encode([Example("the the", ["the the"])], tokenizer, 64)
-    tokens, targets = collate(encoded.sequences, 64)
+    tokens, targets = collate([encoded.sequence(0)], 64)
     prompt, completion = tokenizer.encode_prompt("the the"), tokenizer.encode_completion("the the")
     n, m = len(prompt), len(completion)
     assert tokens[0, :n + m - 1].tolist() == (prompt + completion)[:-1]
@@ -422,9 +424,9 @@ def test_too_long(tokenizer):
     with pytest.raises(ValueError, match=r"'name\[x\]' and its text have \d+ tokens, block_size is 12"):
         encode([example], tokenizer, 12)
     cut = encode([example, Example("b", ["c"])], tokenizer, 12, too_long="cut")
-    assert cut.n_cut == 1 and max(len(ids) for ids, _ in cut.sequences) == 13
+    assert cut.n_cut == 1 and max(cut.lengths) == 12
     goes_on = encode([Example("", ["a very long text " * 9])], tokenizer, 12)
-    assert sum(len(ids) - 1 for ids, _ in goes_on.sequences) == goes_on.n_supervised and goes_on.n_cut == 0
+    assert sum(goes_on.lengths) == goes_on.n_supervised and goes_on.n_cut == 0
 
 
 def test_nothing_to_learn(tokenizer):
@@ -437,11 +439,299 @@ def test_nothing_to_learn(tokenizer):
 
 
 # -----------------------------------------------------------------------------
+# forms of data
+
+
+def write_lines(path, records):
+    """A file of JSON lines."""
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+def chat_record(*texts, system=None):
+    """A record of messages: user, assistant, user, .."""
+    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return {"messages": ([{"role": "system", "content": system}] if system else []) + messages}
+
+
+def sharegpt(record):
+    """The same record in ShareGPT's form."""
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    return {"id": 7, "conversations": [{"from": names[m["role"]], "value": m["content"]} for m in record["messages"]]}
+
+
+def everything(corpus):
+    """All examples of all splits."""
+    return [example for split in (corpus.train, corpus.val, corpus.test) for example in split]
+
+
+TALKS = [chat_record(f"Hi {i}", f"Ho {i}", f"And {i}?", f"So {i} 🍲", system="Be kind" if i % 2 else None) for i in range(12)]
+
+
+@pytest.mark.parametrize("form", ["messages", "ShareGPT"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", " pretty.json"])
+def test_conversations(tmp_path, form, ending):
+    """Each turn of the assistant is an example, and those of one conversation share a split."""
+    records = TALKS if form == "messages" else list(map(sharegpt, TALKS))
+    path = tmp_path / f"a{ending}"
+    if ending == ".jsonl":
+        write_lines(path, records)
+    else:
+        path.write_text(json.dumps(records, indent=2 if "pretty" in ending else None, ensure_ascii="pretty" in ending))
+    corpus = load(path)
+    assert corpus.form == form and [len(split) for split in (corpus.train, corpus.val, corpus.test)] == [20, 2, 2]
+    found = {(json.dumps(example.messages), *example.references) for example in everything(corpus)}
+    assert found == {(json.dumps(talk["messages"][:i]), talk["messages"][i]["content"]) for talk in TALKS
+                     for i, message in enumerate(talk["messages"]) if message["role"] == "assistant"}
+    for split in (corpus.train, corpus.val, corpus.test):
+        numbers = [example.references[0].split()[1] for example in split]
+        assert all(numbers.count(number) == 2 for number in numbers)
+    assert corpus.train[-1].messages == corpus.train[len(corpus.train) - 1].messages and len(corpus.train[3:9:2]) == 3
+    with pytest.raises(IndexError):
+        corpus.train[20]
+
+
+def test_alpaca(tmp_path):
+    records = [{"instruction": "Add", "input": "1 and 2", "output": "3"}, {"instruction": "Say hi", "input": "", "output": "hi"},
+               {"instruction": "Go on", "output": "", "system": "Be kind"}]
+    corpus = load(write_lines(tmp_path / "a.jsonl", records))
+    assert corpus.form == "Alpaca"
+    found = {example.prompt: (example.messages, example.references) for example in everything(corpus)}
+    assert found == {
+        "Add\n\n1 and 2": ([{"role": "user", "content": "Add\n\n1 and 2"}], ["3"]), "Say hi": ([{"role": "user", "content": "Say hi"}], ["hi"]),
+        "Go on": ([{"role": "system", "content": "Be kind"}, {"role": "user", "content": "Go on"}], [""])}
+    rows = "instruction,input,output\n" + "".join(f"Do {i},,done\n" for i in range(3))
+    (tmp_path / "a.csv").write_text(rows)
+    assert {example.messages[0]["content"] for example in everything(load(tmp_path / "a.csv"))} == {"Do 0", "Do 1", "Do 2"}
+
+
+def lone(*messages, **more):
+    """One line of messages, given as (role, content)."""
+    return {"messages": [{"role": role, "content": content} for role, content in messages], **more}
+
+
+GOOD = lone(("user", "a"), ("assistant", "b"))
+TEXT_PART = {"type": "text", "text": "c"}
+
+
+@pytest.mark.parametrize("record, words", [
+    (lone(("assistant", "a")), "line 2: message 1: assistant after nothing; the order is system (or none), user, assistant"),
+    (lone(("user", "a"), ("system", "b")), "line 2: message 2: system after user"),
+    (lone(("system", "a"), ("assistant", "b")), "line 2: message 2: assistant after system"),
+    (lone(("system", "a"), ("system", "b")), "line 2: message 2: system after system"),
+    (lone(("tool", "a")), "line 2: message 1: role is 'tool'; it must be one of system, user"),
+    (lone((["user"], "a")), "line 2: message 1: role is ['user']"),
+    (lone(("user", None)), "line 2: message 1: its content is not text"),
+    (lone(("user", "\ud800")), "line 2: message 1: its content is not text"),
+    (lone(("user", [TEXT_PART, {"type": "image_url"}])), "line 2: message 1: a part of its content is of type 'image_url'; only text"),
+    (lone(("user", ["a"])), "line 2: message 1: a part of its content is of type 'str'"),
+    (lone(("user", [{"type": "text"}])), "line 2: message 1: a part of its content is not text"),
+    (lone(("user", "a"), tools=[{"name": "f"}]), "line 2: has tools; tools, images and sounds are not supported"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "line 2: message 1: has tool_calls"),
+    ({"messages": [{"role": "user"}]}, "line 2: message 1: has no content"), ({"messages": ["a"]}, "line 2: message 1: is no object"),
+    ({"messages": "a"}, "line 2: its messages are no list"),
+    ({"instruction": "a", "output": "b"}, "line 2: a record of Alpaca, while the first of the file is of messages; put each form into a file"),
+    ({"text": "a"}, "line 2: needs prompt and completion; found text (messages, conversations, or instruction and output would do"),
+    ([1], "line 2: needs prompt and completion; found list"),
+])
+def test_conversations_that_are_refused(tmp_path, record, words):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(record)}\n{json.dumps(GOOD)}\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}, {words}")):
+        load(path)
+
+
+@pytest.mark.parametrize("content, words", [
+    ('[{"prompt": "a", "completion": "b"}\n{"prompt": "c"}]', "line 2: not JSON: no comma or ] after an element"),
+    ('[{"prompt": "a", "completion": "b"},\n\n{"prompt" "c"}]', "line 3: not JSON: Expecting ':' delimiter"),
+    ('[{"prompt": "a", "completion": "b"}', "line 1: not JSON: no comma or ] after an element"),
+    ('[{"prompt": "a", "completion": "b"},', "not JSON: the array does not end where the file does"),
+    ('[{"prompt": "a", "completion": "b"}] x', "not JSON: the array does not end where the file does"),
+    ('[{"prompt": "a", "completion": "b"},\n{"prompt": "c"}]', "element 2, line 2: needs prompt and completion; found prompt"),
+    ("[]", "empty"), ("[" * 100000, "not JSON"), ('{"prompt": ' + "[" * 100000, "line 1: not JSON"), (" \n\n", "empty"),
+])
+def test_arrays_that_are_refused(tmp_path, content, words):
+    (tmp_path / "a.json").write_text(content)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(tmp_path / "a.json")
+
+
+def test_what_is_joined_skipped_and_ended_is_told(tmp_path):
+    records = [
+        lone(("user", "a"), ("user", "b"), ("assistant", "c"), ("assistant", "d</s>"), ("user", "e")),
+        lone(("user", "a")), lone(("user", [TEXT_PART, TEXT_PART]), ("assistant", "It is <|im_end|> they say<|im_end|>\n"))]
+    corpus = load(write_lines(tmp_path / "train.jsonl", records * 2).parent)
+    by_prompt = {example.prompt: example.references for example in everything(corpus)}
+    assert by_prompt == {"a\n\nb": ["c\n\nd"], "cc": ["It is <|im_end|> they say"]}
+    assert set(corpus.told) == {"4 messages joined with the one before them, of the same role", "4 ends of text written out in the data are taken as ends",
+                                "2 conversations skipped, in which the assistant says nothing"}
+    with pytest.raises(ValueError, match="no conversation has a message of the assistant"):
+        load(write_lines(tmp_path / "none.jsonl", [lone(("user", "a"))] * 3))
+
+
+def test_ends_that_are_written_out(tmp_path):
+    endings = {"a</s>": "a", "b <|endoftext|>\n": "b", "c</s></s>": "c", "<s>20</s> for <s>9</s>": "<s>20</s> for <s>9</s>", "d </s> d": "d </s> d", "e ": "e "}
+    records = [{"prompt": f"p{i}", "completion": text} for i, text in enumerate(endings)]
+    corpus = load(write_lines(tmp_path / "a.jsonl", records))
+    assert {example.prompt: example.references for example in everything(corpus)} == {f"p{i}": [text] for i, text in enumerate(endings.values())}
+    assert corpus.told == ("3 ends of text written out in the data are taken as ends",)
+    (tmp_path / "a.txt").write_text("One.\n\nStill one.\n<|endoftext|>\nTwo.\n<|endoftext|>\nThree.<|endoftext|>")
+    corpus = load(tmp_path / "a.txt")
+    assert sorted(example.references[0] for example in everything(corpus)) == ["One.\n\nStill one.", "Three.", "Two."]
+    assert corpus.told == ("3 ends of text written out in the data are taken as ends",)
+
+
+@pytest.mark.parametrize("template", ["pipe", "raw", "auto", "none"])
+@pytest.mark.parametrize("prompt", ["items[3]", "Optional[str]", "a[1], a[2]", " padded \n"])
+def test_a_prompt_is_what_it_is(tokenizer, tmp_path, prompt, template):
+    corpus = load(write_lines(tmp_path / "a.jsonl", [{"prompt": prompt, "completion": f"{i}"} for i in range(3)]))
+    resolved = data.resolved_template(template, corpus.form)
+    assert resolved == "none" and {example.prompt for example in everything(corpus)} == {prompt}
+    for name in (resolved, template):
+        ids, counts = encode(corpus.train, tokenizer, 64, name).sequence(0)
+        assert ids[~counts].tolist() == tokenizer.encode_prompt(prompt)
+
+
+def test_templates_by_form_of_data():
+    expected = {"representations": "pipe", "prompt/completion": "none", "text": "none", "messages": "base", "ShareGPT": "base", "Alpaca": "base"}
+    assert {form: data.resolved_template("auto", form) for form in expected} == expected
+    assert data.resolved_template("raw", "representations") == "raw" and data.resolved_template("chatml", "Alpaca") == "chatml"
+    with pytest.raises(ValueError, match="template is chatml, which is of conversations; the data are texts without prompts"):
+        data.resolved_template("chatml", "text")
+
+
+# -----------------------------------------------------------------------------
+# splits
+
+
+def pairs_of(counts):
+    """A pair for each of counts[prompt] answers, all different."""
+    return [{"prompt": prompt, "completion": f"{prompt.strip()} {i}"} for prompt, n in counts.items() for i in range(n)]
+
+
+def split_sizes(corpus):
+    """The number of texts in each split."""
+    return [sum(len(example.references) for example in split) for split in (corpus.train, corpus.val, corpus.test)]
+
+
+def test_examples_of_one_prompt_share_a_split(tmp_path):
+    counts = {f"prompt {i}": 1 + i % 4 for i in range(80)} | {f" prompt {i}\n": 1 for i in range(80)}
+    corpus = load(write_lines(tmp_path / "a.jsonl", pairs_of(counts)))
+    prompts = [{example.prompt.strip() for example in split} for split in (corpus.train, corpus.val, corpus.test)]
+    assert sum(map(len, prompts)) == len(set().union(*prompts)) == 80 and sum(split_sizes(corpus)) == 280
+    assert all(28 <= size <= 32 for size in split_sizes(corpus)[1:])         # a tenth of the examples, not of the prompts
+    assert data.overlap(corpus) == (0, 0)
+
+
+@pytest.mark.parametrize("counts", [{"one": 50}, {"one": 30, "two": 20}, {"big": 40, "large": 40, "huge": 40, "a": 1}, {"": 50}])
+def test_prompts_that_are_too_frequent_are_divided_by_line(tmp_path, counts):
+    corpus = load(write_lines(tmp_path / "a.jsonl", pairs_of(counts)))
+    n = sum(counts.values())
+    assert split_sizes(corpus) == [n - 2 * (n // 10), n // 10, n // 10]
+    texts = [text for example in everything(corpus) for text in example.references]
+    assert len(texts) == len(set(texts)) == n
+    same_prompt, same_text = data.overlap(corpus)
+    assert (same_prompt, same_text) == (len(corpus.val), 0)
+
+
+def test_a_split_has_500_examples_at_most(tmp_path):
+    corpus = load(write_lines(tmp_path / "a.jsonl", pairs_of({f"{i}": 2 for i in range(4000)})))
+    assert split_sizes(corpus) == [7000, 500, 500]
+
+
+def test_overlap_is_counted_in_prompt_and_answer(tmp_path):
+    train = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(9)]
+    write_lines(tmp_path / "train.jsonl", train)
+    write_lines(tmp_path / "dev.jsonl", [{"prompt": " p1", "completion": "c1 "}, {"prompt": "p2", "completion": "x"}, {"prompt": "q", "completion": "c3"}])
+    corpus = load(tmp_path)
+    assert data.overlap(corpus) == (2, 1) and len(corpus.val) == 3
+    talks = [chat_record("Hi", f"Ho {i}", system=system) for i in range(4) for system in (None, "Be kind")]
+    write_lines(tmp_path / "train.jsonl", talks[:6])
+    write_lines(tmp_path / "dev.jsonl", [*talks[5:], chat_record("Hi", "Ho 1", system="Be rude")])
+    assert data.overlap(load(tmp_path)) == (3, 1)
+
+
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "dev"])
+@pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".txt"])
+def test_names_of_the_splits(tmp_path, name, ending):
+    for split, n in (("train", 4), (name, 2), ("test", 3)):
+        pairs = pairs_of({f"{split} {i}": 1 for i in range(n)})
+        if ending == ".jsonl":
+            write_lines(tmp_path / f"{split}.jsonl", pairs)
+        elif ending == ".json":
+            (tmp_path / f"{split}.json").write_text(json.dumps(pairs))
+        elif ending == ".csv":
+            rows = [f"{pair['prompt']},{pair['completion']}" for pair in pairs]
+            (tmp_path / f"{split}.csv").write_text("\n".join(["prompt,completion", *rows]))
+        else:
+            (tmp_path / f"{split}.txt").write_text("\n\n".join(pair["completion"] for pair in pairs))
+    corpus = load(tmp_path)
+    assert [len(split) for split in (corpus.train, corpus.val, corpus.test)] == [4, 2, 3]
+    assert all(example.references[0].startswith(name) for example in corpus.val) and not corpus.told
+    (tmp_path / "dev.json").write_text('[{"prompt": "a", "completion": "b"}]')
+    if (name, ending) != ("dev", ".json"):
+        with pytest.raises(ValueError, match="are both there for one split; keep one"):
+            load(tmp_path)
+
+
+def test_splits_of_different_forms_are_refused(tmp_path):
+    write_lines(tmp_path / "train.jsonl", TALKS)
+    write_lines(tmp_path / "val.jsonl", pairs_of({"a": 3}))
+    with pytest.raises(ValueError, match="the splits are of different forms: messages, prompt/completion; they must be of one"):
+        load(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def test_encoded_data_take_six_bytes_a_token(tokenizer, tmp_path):
+    corpus = load(write_lines(tmp_path / "a.jsonl", pairs_of({f"what is {i}": 1 for i in range(3000)})))
+    encoded = encode(corpus.train, tokenizer, 64)
+    arrays = encoded.tokens, encoded.counts, encoded.starts
+    assert sum(part.nbytes for part in arrays) <= 6 * len(encoded.tokens) and all(part.base is None or part is encoded.counts for part in arrays)
+    again = [tokenizer.encode_prompt(example.prompt) + tokenizer.encode_completion(example.references[0]) for example in corpus.train]
+    assert [encoded.sequence(i)[0].tolist() for i in range(len(encoded))] == again
+
+
+def test_many_conversations_are_not_copied_into_memory(tmp_path):
+    """What loading leaves behind does not grow with the texts: 40 bytes a conversation of 2 kB."""
+    n = 5_000
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(n):
+            file.write(json.dumps(chat_record(f"Question {i}? " * 60, f"Answer {i}. " * 80)) + "\n")
+    tracemalloc.start()
+    corpus = load(tmp_path / "a.jsonl")
+    left, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(corpus.train) == n - 1000 and corpus.train[7].references[0].startswith("Answer ")
+    assert left < 100 * n and peak < 400 * n < (tmp_path / "a.jsonl").stat().st_size / 4
+
+
+def test_too_long_ones_are_dropped_and_counted(tokenizer):
+    examples = [Example("a", ["a very long text " * 9]), Example("b", ["c"])]
+    dropped = encode(examples, tokenizer, 12, too_long="drop")
+    assert (dropped.n_dropped, dropped.n_cut, len(dropped)) == (1, 0, 1)
+    with pytest.raises(ValueError, match="nothing to learn from in 1 examples: .*, 1 longer than block_size 12"):
+        encode(examples[:1], tokenizer, 12, too_long="drop")
+    with pytest.raises(ValueError, match="too_long is 'skip'; it must be one of refuse, cut, drop"):
+        encode(examples, tokenizer, 12, too_long="skip")
+
+
+def test_the_prompt_counts_where_that_is_asked(tokenizer):
+    encoded = encode([Example("the pub", ["the the"])], tokenizer, 64, train_on="prompt+completion")
+    ids, counts = encoded.sequence(0)
+    assert counts.tolist() == [False] + [True] * (len(ids) - 1) and encoded.n_supervised == len(ids) - 1
+    tokens, targets = collate([(ids, counts)], 64)
+    assert targets[0, :len(ids) - 1].tolist() == ids[1:].tolist() and tokens[0, :len(ids) - 1].tolist() == ids[:-1].tolist()
+
+
+# -----------------------------------------------------------------------------
 # batches
 
 
 def sequences(lengths):
-    return Encoded([([i + 1] * (n + 1), 1) for i, n in enumerate(lengths)], 1024)
+    return Encoded.of((([i + 1] * (n + 1), [True] * (n + 1)) for i, n in enumerate(lengths)), 1024)
 
 
 @settings(derandomize=True, deadline=None, max_examples=60)
@@ -490,7 +780,9 @@ def test_a_position_in_other_data_is_refused():
 def test_evaluation_batches_are_always_the_same():
     encoded = sequences([5, 3, 9, 1, 7, 2])
     assert [t.tolist() for t, _ in eval_batches(encoded, 2, 2)] == [t.tolist() for t, _ in eval_batches(encoded, 2, 2)]
-    assert sum(len(t) for t, _ in eval_batches(encoded, 4)) == 6 and sum(len(t) for t, _ in eval_batches(encoded, 2, 2)) == 4
+    for batch_size in (1, 2, 3, 4):                              # as many of the same sequences, whatever the batch size
+        shown = [row[0].item() for tokens, _ in eval_batches(encoded, batch_size, 3) for row in tokens]
+        assert shown == [1, 5, 3] and sum(len(t) for t, _ in eval_batches(encoded, batch_size)) == 6
 
 
 # -----------------------------------------------------------------------------
