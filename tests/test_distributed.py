@@ -30,7 +30,7 @@ from lib.config import command_line
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-COMMON = "--data data.jsonl --max_iters 8 --batch_size 8 --eval_interval 4 --eval_batches 2 --warmup_iters 1 --sample_count 1 --dtype float32 --device cpu".split()
+COMMON = "--data data.jsonl --max_iters 8 --batch_size 8 --eval_interval 4 --eval_sequences 16 --warmup_iters 1 --sample_count 1 --dtype float32 --device cpu".split()
 METHODS = {"lora": ["--base", "llama", "--method", "lora", "--rank", "2", "--quant", "nf4"],
            "dora": ["--base", "llama", "--method", "dora", "--rank", "2", "--quant", "nf4"],
            "vera": ["--base", "gpt2", "--method", "vera", "--rank", "2"],

@@ -34,7 +34,7 @@ from model import GPT
 from lib import checkpoint, files, origin, run
 from lib.config import Config, command_line, read_toml
 
-SHORT = ["--max_iters", 4, "--batch_size", 4, "--eval_interval", 2, "--eval_batches", 1, "--warmup_iters", 1, "--sample_count", 0, "--dtype", "float32"]
+SHORT = ["--max_iters", 4, "--batch_size", 4, "--eval_interval", 2, "--eval_sequences", 4, "--warmup_iters", 1, "--sample_count", 0, "--dtype", "float32"]
 
 
 @pytest.fixture(scope="module")

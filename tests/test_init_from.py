@@ -16,7 +16,7 @@ from lib import checkpoint, config as configuration, run, tokens
 from lib.config import Config, command_line, write_toml
 from model import GPT
 
-FAST = dict(max_iters=2, eval_interval=2, eval_batches=1, sample_count=1, batch_size=2, dtype="float32", device="cpu")
+FAST = dict(max_iters=2, eval_interval=2, eval_sequences=2, sample_count=1, batch_size=2, dtype="float32", device="cpu")
 FLAGS = [str(word) for name, value in FAST.items() for word in (f"--{name}", value)]
 
 

@@ -95,7 +95,7 @@ def test_greedy_text_is_that_of_transformers(loaded, theirs):
 def test_qlora_learns_e2e(smollm2, real_data, script, tmp_path):
     """10 steps of 2 sequences take the loss on sequences that training has not seen down by a quarter."""
     done = script("train.py", "--method", "qlora", "--base", smollm2, "--data", real_data / "e2e", "--out_dir", tmp_path / "run",
-                  "--max_iters", 10, "--warmup_iters", 2, "--batch_size", 2, "--eval_batches", 2, "--sample_count", 0,
+                  "--max_iters", 10, "--warmup_iters", 2, "--batch_size", 2, "--eval_sequences", 4, "--sample_count", 0,
                   "--dtype", "float32", "--device", "cpu", timeout=900)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())

@@ -199,7 +199,7 @@ def test_schedule(schedule, middle):
 
 def test_a_real_base_learns_real_data(script, real_data, tmp_path):
     done = script("train.py", "--method", "qlora", "--rank", 8, "--base", real_data / "stories260k", "--data", real_data / "e2e", "--out_dir", "run",
-                  "--max_iters", 40, "--eval_interval", 40, "--eval_batches", 4, "--sample_count", 1, cwd=tmp_path)
+                  "--max_iters", 40, "--eval_interval", 40, "--eval_sequences", 32, "--sample_count", 1, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_loss"] < 0.5 * metrics["loss_before"] and metrics["steps"] == 40 and metrics["trainable"] > 0
