@@ -40,7 +40,10 @@ def world(tmp_path_factory):
             p.data += 0.05 * torch.randn_like(p)
         checkpoint.save_base(model, folder)
         inner.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}))
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}
+        if family == "llama":                                    # as transformers 4 writes it, and 5 reads it
+            said["added_tokens_decoder"] = {"0": dict(content="<|endoftext|>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
     lines = [{"prompt": text, "completion": f" {text[::-1]} <a> <b>!"} for text in texts]
     (root / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "new.txt").write_text("<a>\n<b>\n\n<never seen>\n")
