@@ -358,6 +358,7 @@ class Tokenizer:
         template = template_ids(json.loads(content))
         special = read_special(path.parent, vocabulary, template)
         config = special.config_json(path.with_name("tokenizer_config.json"), vocabulary)
+        config = with_decoder(config, {vocabulary[token]: token for token in new_tokens})
         files = {"tokenizer.json": content.encode(), "tokenizer_config.json": config}
 
         def encode(text):
@@ -494,6 +495,18 @@ def named_tokens(files):
         if key.endswith("_token") and isinstance(token, str):
             found[key] = token
     return found
+
+
+def with_decoder(config, tokens):
+    """The bytes of a tokenizer_config.json with {id: token} in its added_tokens_decoder: where there is
+    one, transformers 5 takes the added tokens from there alone."""
+    content = json.loads(config)
+    decoder = content.get("added_tokens_decoder")
+    if not tokens or not isinstance(decoder, dict):
+        return config
+    plain = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word", "special"), False)
+    decoder |= {str(i): {"content": token} | plain for i, token in tokens.items()}
+    return json.dumps(content, indent=1).encode()
 
 
 def parse_pieces(content):

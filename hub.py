@@ -133,6 +133,11 @@ def whole_names(base):
     return names
 
 
+def rows_of(tensor):
+    """The rows of a tensor that a file holds, 0 where it is none."""
+    return tensor.size(0) if isinstance(tensor, torch.Tensor) and tensor.dim() else 0
+
+
 def head_name(base):
     """PEFT's name of the head's weight."""
     return peft_name(base, f"{base.family.head}.weight")
@@ -324,7 +329,7 @@ def take_whole(settings, tensors, base):
         if peft.is_norm(ours) and not has_norms:
             continue
         t = whole[ours] = tensors.pop(theirs)
-        rows, wanted = len(t), base.config.vocab_size
+        rows, wanted = rows_of(t), base.config.vocab_size
         is_table = ours in (peft.TABLE, "head.weight")
         check(not is_table or rows == wanted, f"{theirs} has {rows} rows for tokens, this base {wanted}; an adapter with added "
               "tokens cannot be read: merge it where it was made, and take the result as the base")
@@ -567,7 +572,7 @@ def adopted(config):
             taken[name] = getattr(before, name)
     config = dataclasses.replace(config, method=method, **options | taken)
     check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
-    rows = len(content["tensors"].get(peft.TABLE, ()))
+    rows = rows_of(content["tensors"].get(peft.TABLE))
     known = rows <= read_origin(config.base).config.vocab_size or config.add_tokens
     check(known, f"{path}: has {rows} rows for tokens, more than its base; start from its run's folder, which holds their tokenizer")
     return config, content
@@ -727,7 +732,7 @@ def main(args):
         settings = export(args.run, args.folder, args.layout, args.name)
         print(f"{args.folder}: {settings.get('peft_type', 'bottleneck adapters')} in {args.layout}'s layout")
         if read_run_config(args.run).add_tokens:
-            rows = len(peft.read_adapter(Path(args.run, "adapter.pt"))["tensors"][peft.TABLE])
+            rows = rows_of(peft.read_adapter(Path(args.run, "adapter.pt"))["tensors"][peft.TABLE])
             print(f"Its tables have rows for added tokens: call model.resize_token_embeddings({rows}) before "
                   "PeftModel.from_pretrained; the tokenizer that knows them is in the folder, too.")
     elif args.command == "import":

@@ -16,11 +16,12 @@ import data
 from lib.config import with_methods
 from lib.files import check, some
 from lib.origin import read_origin
+from lib.records import read_text
 
 
 def read_tokens(path):
     """The tokens in a file, one a line; blank lines are none. ValueError where it holds none, one twice, or no UTF-8."""
-    lines = data.read_text(path).splitlines()
+    lines = read_text(path).splitlines()
     tokens = [line.strip() for line in lines if line.strip()]
     twice = [repr(token) for token, n in Counter(tokens).items() if n > 1]
     check(not twice, f"{path}: {some(twice)} is there twice; one line for each token")

@@ -139,6 +139,38 @@ def test_what_peft_has_trained_is_read(peer, bases, tmp_path, family):
         assert (logits(model) - theirs).abs().max() < 1e-5, (name, (logits(model) - theirs).abs().max())
 
 
+TIED = """
+import sys, json, torch
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, PeftModel, get_peft_model
+base, ours, theirs, tokens, out = sys.argv[1:]
+tokens = torch.tensor(json.loads(tokens))
+load = lambda: AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+torch.save(PeftModel.from_pretrained(load(), ours).eval()(tokens).logits.detach(), out + "/ours")
+config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True, init_lora_weights=False)
+model = get_peft_model(load(), config)
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+model(tokens, labels=tokens).loss.backward()
+optimizer.step()
+model.eval().save_pretrained(theirs)
+torch.save(model(tokens).logits.detach(), out + "/theirs")
+"""
+
+
+@pytest.mark.peers
+def test_a_tied_llamas_table_goes_to_peft_and_comes_from_there(peer, bases, tmp_path):
+    torch.manual_seed(0)
+    checkpoint.save_base(GPT(tiny("llama", vocab_size=300, tied=True)), tmp_path / "base")
+    data.Tokenizer.load(bases["llama"]).save(tmp_path / "base")
+    ours = make_run(tmp_path / "base", tmp_path / "run", "lora+embed+norm", {})
+    hub.export(tmp_path / "run", tmp_path / "out")
+    peer(TIED, tmp_path / "base", tmp_path / "out", tmp_path / "trained", json.dumps(TOKENS.tolist()), tmp_path)
+    assert (ours - torch.load(tmp_path / "ours", weights_only=True)).abs().max() < 1e-5
+    model = hub.import_adapter(tmp_path / "trained", tmp_path / "base", tmp_path / "again")
+    assert list(peft.methods(model)) == ["lora", "embed"] and model.head.weight is model.embed.tokens.weight
+    assert (logits(model) - torch.load(tmp_path / "theirs", weights_only=True)).abs().max() < 1e-5
+
+
 ADAPTERS_LOGITS = """
 import sys, json, torch, adapters
 from transformers import AutoModelForCausalLM

@@ -40,7 +40,10 @@ def world(tmp_path_factory):
             p.data += 0.05 * torch.randn_like(p)
         checkpoint.save_base(model, folder)
         inner.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}))
+        said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}
+        if family == "llama":                                    # as transformers 4 writes it, and 5 reads it
+            said["added_tokens_decoder"] = {"0": dict(content="<|endoftext|>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(said))
     lines = [{"prompt": text, "completion": f" {text[::-1]} <a> <b>!"} for text in texts]
     (root / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (root / "new.txt").write_text("<a>\n<b>\n\n<never seen>\n")
@@ -100,12 +103,12 @@ def test_a_run_starts_from_another(world, tmp_path, options):
 
 
 def test_from_a_file_and_from_pefts_folder(world, tmp_path):
-    for method, more in (("lora", {}), ("lora+embed+norm", {}), ("ia3", {}), ("prompt", {})):
+    for method, more in (("lora", {}), ("lora+embed+norm", {}), ("ia3", {}), ("prompt", {}), ("adapter", dict(adapter_style="lin"))):
         folder = trained(world, tmp_path / method, method=method, learning_rate=0.05, **more)
         wanted = tensors_of(folder / "adapter.pt")
         _, tensors = started(world, tmp_path / f"{method} file", "--init_from", folder / "adapter.pt", family="gpt2")
         assert same(tensors, wanted)
-        hub.export(folder, tmp_path / f"{method} peft")
+        hub.export(folder, tmp_path / f"{method} peft", "adapterhub" if method == "adapter" else "peft")
         imported = hub.import_adapter(tmp_path / f"{method} peft", world / "gpt2", tmp_path / f"{method} imported")
         second, tensors = started(world, tmp_path / f"{method} again", "--init_from", tmp_path / f"{method} peft", family="gpt2")
         assert same(tensors, peft.adapter_state_dict(imported)) and second.config.method == method
