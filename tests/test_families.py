@@ -290,7 +290,7 @@ def test_from_start_to_merge(case, method, options, scheme, tmp_path):
     if not names & {"prefix", "prompt"}:
         assert torch.equal(logits(model), untouched)
     losses = train(model, TOKENS, 6)
-    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.02, losses
+    assert all(map(math.isfinite, losses)) and losses[-1] < losses[0] - 0.01, losses
     plain, recomputed = gradients(model, False), gradients(model, True)
     assert plain.keys() == recomputed.keys() and all(torch.equal(plain[name], recomputed[name]) for name in plain)
     prompts = [TOKENS[0, :7].tolist(), TOKENS[1, :2].tolist(), TOKENS[1, :13].tolist()]
