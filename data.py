@@ -917,6 +917,19 @@ def collate(sequences, block_size):
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
+def collate_packed(sequences, block_size):
+    """[(ids, counts)] -> tokens, targets: (1, T) int64 with the sequences side by side, and their lengths. At the
+    end stands one more without targets, so that T is a multiple of 64, of which numbers there are fewer."""
+    lengths = [len(ids) - 1 for ids, _ in sequences]
+    rest = -sum(lengths) % min(64, block_size)
+    tokens = [ids[:-1] for ids, _ in sequences]
+    targets = [np.where(counts[1:], ids[1:], -1) for ids, counts in sequences]
+    tokens = np.concatenate([*tokens, np.zeros(rest)]).astype(np.int64)
+    targets = np.concatenate([*targets, np.full(rest, -1)]).astype(np.int64)
+    lengths += [rest] if rest else []
+    return torch.from_numpy(tokens)[None], torch.from_numpy(targets)[None], lengths
+
+
 # -----------------------------------------------------------------------------
 # batches
 
@@ -926,15 +939,18 @@ class Batches:
     not divide it, the few left over open the next one, so that every batch is full. Every process
     draws the same global batch of batch_size * world_size sequences and takes its own rows of it:
     two processes of batch 8 see what one of 16 sees.
+
+    A batch is tokens and targets (collate); with packing also the lengths (collate_packed).
     """
 
     POOL = 64        # global batches that are sorted by length together: more of them pad less and mix less
 
-    def __init__(self, encoded, batch_size, seed, rank=0, world_size=1):
+    def __init__(self, encoded, batch_size, seed, rank=0, world_size=1, packing=False):
         fits = batch_size >= 1 and 0 <= rank < world_size
         check(fits, f"batch_size {batch_size}, rank {rank} of {world_size}: a batch has at least 1, a rank lies below the world size")
         check(len(encoded), "there are no sequences to make batches of")
         self.encoded, self.lengths = encoded, encoded.lengths
+        self.collate = collate_packed if packing else collate
         self.rank, self.world_size = rank, world_size
         self.global_batch, self.seed = batch_size * world_size, seed
         self.start(0)
@@ -978,7 +994,7 @@ class Batches:
             self.start(self.epoch + 1)
         rows = self.plan[self.index][self.rank::self.world_size]
         self.index += 1
-        return collate([self.encoded.sequence(i) for i in rows], self.encoded.block_size)
+        return self.collate([self.encoded.sequence(i) for i in rows], self.encoded.block_size)
 
     def state_dict(self):
         """The position: the next batch, and what it depends on."""

@@ -288,13 +288,14 @@ def simulated_offload(model):
 
 def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", storage=None,
              checkpointing=False, gradient_accumulation_steps=1, grad_clip=1.0, label_smoothing=0.0,
-             offload=False, **options):
+             offload=False, packed=None, **options):
     """
     The peak of one training step, without the memory: {"peak", "parts", "layers"} in bytes, as Tracker.report
     has them, with the method, batch and seq.
 
     config: GPTConfig or a name of PRESETS. method and options: as for peft.apply. batch x seq: a micro-batch,
-    of which gradient_accumulation_steps make a step. storage: quant.Storage of the base (None: as the method
+    of which gradient_accumulation_steps make a step; packed: instead of these, for each micro-batch the lengths of
+    the sequences that lie side by side in it. storage: quant.Storage of the base (None: as the method
     has it). device: "cuda" or "cpu", whose rounding and kernels are assumed; on "cuda" the parts hold the
     context and cuBLAS's workspace as constants. The first step's own peak can be lower, because Adam's states
     are counted as being there. ValueError where such a batch does not fit into the model's context.
@@ -312,6 +313,9 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         with quant.simulated(), Tracker(model, optimizer, device) as tracker:
             micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)       # tokens and targets
                              for _ in range(gradient_accumulation_steps)]
+            if packed:
+                rows = [torch.zeros(2, 1, sum(lengths), dtype=torch.int64) for lengths in packed]
+                micro_batches = [(*row, lengths) for row, lengths in zip(rows, packed)]
             run.step(model, optimizer, micro_batches, grad_clip, label_smoothing, saving)
         report = tracker.report()
     if device == "cuda":

@@ -108,7 +108,8 @@ def train(config):
             return None
         rows = config.batch_size // machine.WORLD_SIZE
         run.optimizer = make_optimizer(model, config)
-        run.batches = data.Batches(run.encoded["train"], rows, config.seed, machine.RANK, machine.WORLD_SIZE)
+        run.batches = data.Batches(run.encoded["train"], rows, config.seed, machine.RANK, machine.WORLD_SIZE,
+                                   config.packing)
         if config.resume:
             restore(run)
             say(f"resumed    at step {run.progress['step']}")
@@ -177,15 +178,15 @@ def told_of_data(run):
 # memory: predicted by memory.py, and measured at the first and the last step
 
 
-def predict(run, batch, length):
-    """The peak in bytes of a step with micro-batches of batch x length tokens."""
+def predict(run, batch, length, packed=None):
+    """The peak in bytes of a step with micro-batches of batch x length tokens; packed as in memory.simulate."""
     config = run.config
     names = "checkpointing", "gradient_accumulation_steps", "grad_clip", "label_smoothing", "offload"
     settings = {name: getattr(config, name) for name in names} | method_options(config)
     dtype = getattr(torch, config.dtype)
     report = memory.simulate(
         run.model.config, config.method, batch, length, dtype, run.device.type, storage_of(config),
-        **settings)
+        packed=packed, **settings)
     return report["peak"]
 
 
@@ -200,8 +201,9 @@ def measured(run, micro_batches):
         with memory.Tracker(run.model, run.optimizer) as tracker:
             yield
         peak = tracker.report()["peak"]
-    batch, length = len(micro_batches[0][0]), max(tokens.size(1) for tokens, _ in micro_batches)
-    predicted = predict(run, batch, length)
+    packed = [lengths for _, _, *rest in micro_batches for lengths in rest]
+    batch, length = len(micro_batches[0][0]), max(tokens.size(1) for tokens, *_ in micro_batches)
+    predicted = predict(run, 1, 1, packed) if packed else predict(run, batch, length)
     say(f"memory     step {run.progress['step'] + 1}, {batch} x {length}: measured {size(peak)}, predicted {size(predicted)} "
         f"(ratio {peak / predicted:.2f}); resident {size(machine.resident_bytes())}")
 
@@ -238,7 +240,7 @@ def loop(run):
             loss, norm = map(float, step(model, run.optimizer, micro_batches, config.grad_clip,
                                          config.label_smoothing, saving))
         seconds = time.perf_counter() - start
-        tokens = sum(tokens.numel() for tokens, _ in micro_batches) * machine.WORLD_SIZE
+        tokens = sum(tokens.numel() for tokens, *_ in micro_batches) * machine.WORLD_SIZE
         progress["step"] = done
         progress["seconds"] += seconds
         progress["tokens"] += tokens
@@ -267,9 +269,9 @@ def has_patience(run):
 
 
 def next_batch(run):
-    """(tokens, targets) on the device."""
-    tokens, targets = next(run.batches)
-    return tokens.to(run.device), targets.to(run.device)
+    """(tokens, targets), and with packing the lengths; the tensors on the device."""
+    tokens, targets, *lengths = next(run.batches)
+    return tokens.to(run.device), targets.to(run.device), *lengths
 
 
 def evaluate_and_save(run, log):
@@ -301,7 +303,7 @@ def skip_or_stop(run, loss, norm, micro_batches):
     progress["skipped_in_a_row"] += 1
     say(f"step {progress['step']}: loss {loss}, gradient norm {norm}: skipped")
     if progress["skipped_in_a_row"] == 10:                                                      # fault 35
-        own = [[t.cpu() for t in pair] for pair in micro_batches]
+        own = [[t.cpu() for t in batch[:2]] for batch in micro_batches]
         batches = [pair for process in machine.gathered(own) for pair in process]
         path = run.folder / "bad_batch.pt"
         if machine.RANK == 0:

@@ -51,6 +51,7 @@ class Knobs:
     template: str = "auto"            # representations: pipe, raw, none; chat: base, chatml, a .jinja file
     too_long: str = "refuse"          # or cut, or drop
     train_on: str = "completion"      # or prompt+completion
+    packing: bool = False             # sequences side by side in one row, each on its own, instead of padded
     prompt_init: str = ""             # prompt: text the soft prompt starts from; none: random
     # optimization
     batch_size: int = 8               # sequences a micro-batch, shared among the processes

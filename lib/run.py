@@ -33,19 +33,19 @@ from model import GPT, GPTConfig
 
 def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving=nullcontext):
     """
-    One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64. Returns (loss,
-    grad_norm), tensors.
+    One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64, or of (tokens, targets,
+    lengths) of packed ones. Returns (loss, grad_norm), tensors.
 
     The loss is the mean over the supervised tokens of all micro-batches and processes, however they are
     divided. Where loss or gradient is not finite, nothing is changed. saving: makes the context in which
     the forward pass saves for the backward pass.
     """
-    counts = [(targets >= 0).sum() for _, targets in micro_batches]
+    counts = [(targets >= 0).sum() for _, targets, *_ in micro_batches]
     total = machine.sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
     loss = torch.zeros((), device=total.device)
-    for (tokens, targets), count in zip(micro_batches, counts):
+    for (tokens, targets, *lengths), count in zip(micro_batches, counts):
         with saving():
-            _, part = model(tokens, targets, label_smoothing)
+            _, part = model(tokens, targets, label_smoothing, *lengths)
             part = part * (count / total)                                                       # fault 28
         part.backward()
         loss += part.detach()
@@ -227,6 +227,7 @@ def check_processes(config):
     possible = size // world * world or world
     check(size % world == 0, f"batch_size is {size}, which {world} processes cannot share equally; --batch_size {possible} "
                              "can be, or start another number")
+    check(not (config.packing and config.compile), "packing and compile do not go together, because each batch would be compiled anew; leave one of them out")
     if not config.fsdp:
         return
     check(world > 1, "fsdp divides the base among processes, but there is one; start it as torchrun --nproc_per_node=2 "

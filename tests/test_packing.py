@@ -1,11 +1,15 @@
 """Sequences side by side in one row: the same losses and gradients as one by one, whatever the method, the storage and the family."""
 
+import json
+
 import pytest
 import torch
 
+import data
 import peft
 import quant
 from conftest import FAMILIES, tiny
+from lib import checkpoint
 from model import GPT
 
 LENGTHS = [3, 9, 9, 1, 12]
@@ -59,3 +63,38 @@ def test_every_method(family, method, options):
 @pytest.mark.parametrize("scheme", quant.CODES)
 def test_every_storage(scheme):
     assert_same("gemma3", "lora+prefix+prompt", {}, quant.Storage(scheme, None if scheme == "int8" else 16), torch.float32, 1e-5)
+
+
+def test_a_packed_batch():
+    encoded = data.Encoded.of([([5, 6, 7, 8], [0, 0, 1, 1]), ([9, 10], [0, 1]), ([11, 12, 13], [0, 1, 1])], 16)
+    tokens, targets, lengths = next(data.Batches(encoded, 3, seed=1, packing=True))
+    assert lengths == [1, 2, 3, 10] and tokens.shape == targets.shape == (1, 16)      # by length, then what makes it a multiple
+    assert tokens.tolist() == [[9, 11, 12, 5, 6, 7] + [0] * 10]
+    assert targets.tolist() == [[10, 12, 13, -1, 7, 8] + [-1] * 10]
+
+
+def test_the_same_sequences_whether_packed_or_padded():
+    encoded = data.Encoded.of([(list(range(1, n + 2)), [1] * (n + 1)) for n in (3, 9, 9, 1, 12, 5, 30)], 32)
+    packed, padded = data.Batches(encoded, 2, seed=3, packing=True), data.Batches(encoded, 2, seed=3)
+    for _ in range(9):
+        (tokens, targets, lengths), rows = next(packed), next(padded)
+        whole = sum(lengths) - lengths[-1] if len(lengths) == 3 else sum(lengths)
+        assert tokens[0, :whole].tolist() == [t for row, target in zip(*rows) for t, y in zip(row.tolist(), target.tolist()) if y >= 0]
+
+
+@pytest.mark.parametrize("method", ["qlora", "prompt+prefix"])
+def test_a_run(script, tmp_path, method):
+    """The losses of a run with packing are those of one without; memory is predicted to the byte."""
+    checkpoint.save_base(GPT(tiny("llama", vocab_size=300, block_size=128)), tmp_path / "base")
+    texts = ["The cat sat." * (1 + i % 5) for i in range(24)]
+    data.Tokenizer.train(texts, 300).save(tmp_path / "base")
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": f"{i}", "completion": text}) + "\n" for i, text in enumerate(texts)))
+    losses = []
+    for packing in ("true", "false"):
+        done = script("train.py", "--base", "base", "--data", "data.jsonl", "--method", method, "--packing", packing, "--max_iters", 4, "--eval_interval", 4,
+                      "--batch_size", 4, "--gradient_accumulation_steps", 2, "--dtype", "float32", "--sample_count", 0, "--out_dir", f"out{packing}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.rpartition("(ratio ")[2].startswith("1.00)")          # at the last step; Adam's states come with the first
+        lines = [json.loads(line) for line in (tmp_path / f"out{packing}" / "log.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in lines if "lr" in line])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
