@@ -189,13 +189,16 @@ def overlap(corpus):
         question = asked(example)
         return {hash((question, text.strip())) for text in example.references}
 
+    prompts = {asked(example) for example in corpus.val}         # A set of train's may not fit into memory.
+    texts = {key for example in corpus.val for key in answers(example)}
+    common_prompts, common_texts = set(), set()
+    for example in corpus.train:
+        common_prompts |= prompts & {asked(example)}
+        common_texts |= texts & answers(example)
     if corpus.form == "text":
-        prompts = set()                                          # No text has one.
-    else:
-        prompts = {asked(example) for example in corpus.train}
-    texts = {key for example in corpus.train for key in answers(example)}
-    same_prompt = sum(asked(example) in prompts for example in corpus.val)
-    same_text = sum(not texts.isdisjoint(answers(example)) for example in corpus.val)
+        common_prompts = set()                                   # No text has a prompt.
+    same_prompt = sum(asked(example) in common_prompts for example in corpus.val)
+    same_text = sum(not common_texts.isdisjoint(answers(example)) for example in corpus.val)
     return same_prompt, same_text
 
 
@@ -817,6 +820,8 @@ class Encoded:
 
 def check_vocabulary(ids, vocab_size, text):
     """ValueError that names the first token without an embedding, and the text that it is of."""
+    if 0 <= min(ids) and max(ids) < vocab_size:
+        return
     for i, token in enumerate(ids):
         if not 0 <= token < vocab_size:  # fault 25
             raise ValueError(f"token {token} at index {i} of {shortened(text)!r} is beyond the vocabulary of {vocab_size}")

@@ -54,8 +54,8 @@ import data
 import peft
 from lib import run as runs
 from lib.checkpoint import layout, linear_modules, load_base, save_base, shapes_of, stack, unstack
-from lib.files import (check, found_in, located, read_json, read_tensors, save_file, some, torch_bytes,
-                       write_atomic, write_json, write_safetensors)
+from lib.files import (check, found_in, located, read_bytes, read_json, read_tensors, save_file, some,
+                       torch_bytes, write_atomic, write_json, write_safetensors)
 from lib.origin import read_origin
 
 # -----------------------------------------------------------------------------
@@ -689,6 +689,10 @@ def merge_run(run, path, requantize=False):
     generation = Path(config.base, "generation_config.json")     # which holds the base's ends
     if generation.is_file():
         write_json(path / generation.name, read_json(generation))
+    for folder in (config.base, run):                            # The run's own chat template holds.
+        template = Path(folder, "chat_template.jinja")
+        if template.is_file():
+            write_atomic(path / template.name, read_bytes(template))
     return report
 
 

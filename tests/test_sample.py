@@ -181,6 +181,13 @@ def test_a_run_says_its_form_and_keeps_its_template(talking):
     assert (folder / "run" / "chat_template.jinja").read_text().startswith("{% for m in messages %}<|im_start|>")
 
 
+def test_a_merged_run_brings_its_template_along(talking, tmp_path, monkeypatch):
+    folder, _ = talking
+    monkeypatch.chdir(folder)
+    hub.merge_run("run", tmp_path / "merged")
+    assert (tmp_path / "merged" / "chat_template.jinja").read_text() == (folder / "run" / "chat_template.jinja").read_text()
+
+
 def test_a_run_talks_turn_by_turn_in_a_pipe(talking, monkeypatch, capsys):
     """Each line is answered after all that was said before; the prompts are those of the run's template, whose file has gone."""
     folder, _ = talking
