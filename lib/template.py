@@ -103,6 +103,18 @@ def environment():
             check_size(operator, left, right)
             return super().call_binop(context, operator, left, right)
 
+    class Namespace(jinja2.utils.Namespace):
+        """jinja2's, without the names that begin with _, through which Python's inner parts can be reached."""
+
+        def __init__(*args, **kwargs):           # As jinja2's: self is in args, so that it may be a name too.
+            for name in dict(*args[1:], **kwargs):
+                check_name(name)
+            jinja2.utils.Namespace.__init__(*args, **kwargs)
+
+        def __setitem__(self, name, value):
+            check_name(name)
+            super().__setitem__(name, value)
+
     def raise_exception(message):
         raise jinja2.exceptions.TemplateError(message)
 
@@ -110,7 +122,14 @@ def environment():
     sandbox.filters["tojson"] = tojson
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = strftime_now
+    sandbox.globals["namespace"] = Namespace
+    sandbox.globals["dict"] = lambda *args, **kwargs: dict(*args, **kwargs)
     return sandbox
+
+
+def check_name(name):
+    """ValueError for a name that a template must not give to a namespace's attribute."""
+    check(not str(name).startswith("_"), f"a namespace cannot hold {name!r}, because that begins with _")
 
 
 def check_size(operator, left, right):

@@ -343,6 +343,8 @@ REFUSED = {
     "an exception": ("{{ raise_exception('No, not so') }}", "says: No, not so"),
     "a way out": ("{{ ''.__class__.__mro__ }}", "says: access to attribute '__class__' of 'str' object is unsafe"),
     "a change of the messages": ("{{ messages.append(1) }}", "says: access to attribute 'append'"),
+    "a hidden name": ("{% set ns = namespace(_a=1) %}", "says: a namespace cannot hold '_a'"),
+    "a hidden name that is set": ("{% set ns = namespace(a=1) %}{% set ns.__class__ = 2 %}", "says: a namespace cannot hold '__class__'"),
     "no answer": ("<|im_start|>{{ messages[0].content }}", "leaves out what the assistant says"),
     "no end": ("{% for m in messages %}{{ m.content }}{% endfor %}", "ends an answer without a special token"),
 }
