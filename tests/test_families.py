@@ -39,11 +39,20 @@ def one_thread():
 # beside transformers
 
 KINDS = {kind for kind, _ in CASES.values()}
-USUAL = {next(name for name, case in CASES.items() if case[0] == kind) for kind in KINDS}      # one of each family
-USUAL |= {"llama-llama3", "llama-yarn-betas", "llama-biases", "mistral-window", "phi4-mini", "gemma3-linear", "olmo3-yarn",
-          "granite-biases", "stablelm-norms", "gpt_neox-half", "qwen3-window", "gpt2-inner"}
-CASE = pytest.mark.parametrize(
-    "case", [pytest.param(name, marks=[] if name in USUAL else [pytest.mark.slow]) for name in CASES])
+FIRST = {next(name for name, case in CASES.items() if case[0] == kind) for kind in KINDS}
+MORE = {"llama-llama3", "llama-yarn-betas", "llama-biases", "mistral-window", "phi4-mini", "gemma3-linear", "olmo3-yarn",
+        "granite-biases", "stablelm-norms", "gpt_neox-half", "qwen3-window", "gpt2-inner"}
+
+
+def versions_of_cases():
+    """Every case as both versions write it; in the usual run one of each family, and by version 5 some more."""
+    for case, version in itertools.product(CASES, (5, 4)):
+        if not (version == 4 and case in V5_ONLY):
+            usual = case in FIRST or case in MORE and version == 5
+            yield pytest.param(case, version, marks=[] if usual else [pytest.mark.slow])
+
+
+CASE = pytest.mark.parametrize("case, version", list(versions_of_cases()))
 BOUND = 2e-5
 
 
@@ -72,25 +81,21 @@ def written(request, interpreters, tmp_path_factory):
     """written(version, case) -> a folder with that version's checkpoint and oracle.pt. Those of all tests that run are
     written at once, because importing transformers takes longer than everything else."""
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    needed = {params["case"] for params in calls if "case" in params}
+    needed = {(params["version"], params["case"]) for params in calls if "version" in params}
     root = tmp_path_factory.mktemp("written")
 
     @functools.cache
     def write(version):
-        cases = {name: case for name, case in CASES.items()
-                 if name in needed and not (version == 4 and name in V5_ONLY)}
+        cases = {name: case for name, case in CASES.items() if (version, name) in needed}
         interpreters[version](WRITE, {"folder": str(root / str(version)), "cases": cases})
 
     def folder(version, case):
-        if version == 4 and case in V5_ONLY:
-            pytest.skip("transformers 4 does not have it")
         write(version)
         return root / str(version) / case
     return folder
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("version", [5, 4])
 @CASE
 def test_logits_and_greedy_texts(written, case, version):
     folder = written(version, case)
@@ -112,13 +117,11 @@ def merged(request, written, interpreters):
     @functools.cache
     def merge_all(version):
         cases = [params["case"] for params in calls if params["version"] == version]
-        cases = [case for case in cases if not (version == 4 and case in V5_ONLY)]
         folders = [train_and_merge(written(version, case)) for case in cases]
         for reader in {version, 5}:
             interpreters[reader](READ, list(map(str, folders)))
 
     def folder(version, case):
-        written(version, case)
         merge_all(version)
         return written(version, case) / "merged"
     return folder
@@ -139,7 +142,6 @@ def train_and_merge(base):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("version", [5, 4])
 @CASE
 def test_a_merge_loads_in_transformers(merged, written, case, version):
     folder, base = merged(version, case), written(version, case)
@@ -386,7 +388,7 @@ def test_without_a_place_in_pefts_layout(tmp_path, case, method, options, words)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("case", ADAPTED)
+@pytest.mark.parametrize("case", [*ADAPTED[::2], *(pytest.param(case, marks=pytest.mark.slow) for case in ADAPTED[1::2])])
 def test_out_and_in_again(exported, case, tmp_path):
     for i, (method, options, base, folder, ours) in enumerate(exported(case)):
         hub.import_adapter(folder, base, tmp_path / str(i))
