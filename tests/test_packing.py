@@ -53,8 +53,8 @@ def has_biases(family):
 @pytest.mark.parametrize("method, options, family", [(method, options, family) for i, (method, options) in enumerate(CASES)
                                                      for family in (list(FAMILIES) * 2)[i % len(FAMILIES):][:3]])
 def test_every_method(family, method, options):
-    if method == "bitfit" and not has_biases(family):
-        pytest.skip("no biases")
+    if method == "bitfit" and not has_biases(family) or method == "head" and tiny(family).tied:
+        pytest.skip("this base has no such tensors")
     assert_same(family, method, options, None, torch.float64, 1e-12)
     if len(method.split("+")) == 1:
         assert_same(family, method, options, None, torch.float32, 1e-6)
