@@ -609,7 +609,8 @@ def unfreeze(model, method, params, stored=(), **options):
     note_method(model, method, **options)
     own = [p for _, p in params if not p.requires_grad]
     for p in own:
-        copy = None if method == "full" else p.detach().to("cpu", copy=True)
+        host = "meta" if p.is_meta else "cpu"
+        copy = None if method == "full" else p.detach().to(host, copy=True)
         model.attached.unfrozen.append((p, method, copy))
         p.data = p.data.float()
         p.requires_grad_(True)
