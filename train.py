@@ -151,7 +151,8 @@ def describe(run, report):
     say(f"storage    {storage}{each}; computed in {config.dtype} on {run.model.head.weight.device}")
     say(f"data       {config.data}, {run.corpus.form}: {splits} train / val / test, {sequences} training sequences, "
         f"{supervised:.0%} of tokens supervised{cut}{empty}")
-    say(*(f"data       {line}" for line in told_of_data(run)))
+    for line in told_of_data(run):
+        say(f"data       {line}")
     say(f"step       {n_step} sequences, about {tokens:.0f} tokens; {config.max_iters} steps")
     if config.base != "new" and data.Tokenizer.load(config.base).eos != run.tokenizer.eos:
         say("end        the base has never seen its own end token; texts end with its beginning-of-sequence token")

@@ -4,8 +4,9 @@ Hugging Face checkpoints in and out: a folder of config.json and tensors <-> a G
     model = load_base("gpt2", torch.bfloat16, quant.Storage("nf4", double=True))
     save_base(model, "copy")                                   # transformers loads this folder
 
-A base is read strictly: every tensor is used and every parameter is set, or the folder is refused with the names. Tensors are read, checked and stored one at a time.
-lib/origin.py reads config.json; what differs between families is said in lib/families.py and nowhere else.
+A base is read strictly: every tensor is used and every parameter is set, or the folder is refused with the names. Tensors
+are read, checked and stored one at a time. lib/origin.py reads config.json; what differs between families is said in
+lib/families.py and nowhere else.
 """
 
 import functools

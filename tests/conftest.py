@@ -16,12 +16,17 @@ from forks import OURS, PEERS, ROOT, Forks  # noqa: E402
 torch.set_num_threads(2)
 
 
+def named_folder(variable, content):
+    """The folder that a variable of the environment names; without it the test is skipped."""
+    if variable not in os.environ:
+        pytest.skip(f"{variable} does not name a folder with {content}")
+    return Path(os.environ[variable])
+
+
 @pytest.fixture(scope="session")
 def real_data():
     """The folder of real models and data that NANOPEFT_DATA names."""
-    if "NANOPEFT_DATA" not in os.environ:
-        pytest.skip("NANOPEFT_DATA does not name a folder with e2e/, stories260k/ and gpt2/")
-    return Path(os.environ["NANOPEFT_DATA"])
+    return named_folder("NANOPEFT_DATA", "e2e/, stories260k/ and gpt2/")
 
 
 @pytest.fixture(scope="session")

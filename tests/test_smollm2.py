@@ -4,12 +4,11 @@ SmolLM2-135M-Instruct, a model that people use, beside transformers. NANOPEFT_SM
 """
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 import torch
 
+from conftest import named_folder
 from lib import files, run
 from lib.config import Config
 
@@ -23,9 +22,7 @@ TEXTS = (TEXT, "name : The Plough | food : Café || £20-25, 1984!", "def f(x):\
 @pytest.fixture(scope="module")
 def smollm2():
     """The folder."""
-    if "NANOPEFT_SMOLLM2" not in os.environ:
-        pytest.skip("NANOPEFT_SMOLLM2 does not name a folder with SmolLM2-135M-Instruct (see ../shared/data/smollm2.py)")
-    return Path(os.environ["NANOPEFT_SMOLLM2"])
+    return named_folder("NANOPEFT_SMOLLM2", "SmolLM2-135M-Instruct")
 
 
 @pytest.fixture(scope="module")
