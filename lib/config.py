@@ -35,7 +35,7 @@ class Knobs:
     method: str = "lora"              # one of peft.METHODS, or several joined by +
     train_also: str = ""              # embed, head, norm, joined by commas: beside the method, as if joined to it by +
     base: str = ""                    # folder in Hugging Face layout; none: a small one, pretrained once into out/base
-    data: str = "embedded"            # embedded, plain, or a path: a folder, .jsonl, .json, .csv, .txt
+    data: str = "embedded"            # embedded, plain, waiter, or a path: a folder, .jsonl, .json, .csv, .txt
     out_dir: str = ""                 # the run's folder; none: out/METHOD, numbered where that is taken
     resume: str = ""                  # the folder of a run to go on with
     init_from: str = ""               # a run, an adapter.pt or a folder of PEFT's: the new run starts with its tensors

@@ -136,7 +136,7 @@ def save_file(path, content):
     """Writes plain values and tensors so that read_file, or torch.load(weights_only=True), reads them back."""
     archive = bytearray(torch_bytes(content))
     archive[-2:] = (64).to_bytes(2, "little")
-    checksum = hashlib.sha256(archive).hexdigest()
+    checksum = sha256_of(archive)
     write_atomic(path, [archive, checksum.encode()])
 
 
@@ -144,7 +144,7 @@ def read_file(path):
     """The dict in a file of save_file. ValueError in one line for whatever else it may be."""
     raw = read_bytes(path)
     check(raw, f"{path}: empty")
-    checksum = hashlib.sha256(memoryview(raw)[:-64]).hexdigest()
+    checksum = sha256_of(memoryview(raw)[:-64])
     whole = raw.endswith(checksum.encode())
     check(whole, f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")    # fault 3
     with refusing(f"{path}: not a file of this project"):
@@ -280,16 +280,21 @@ def read_tensors(path):
 # hashes
 
 
+def sha256_of(content):
+    """SHA-256 of bytes, in hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sample_hash(tensor):
     """SHA-256 of a tensor's shape and of 4096 of its values, evenly spread, as float32."""
     flat = tensor.detach().reshape(-1)
     stride = max(flat.numel() // 4096, 1)
     values = flat[::stride][:4096].float().cpu().numpy()
     shape = repr(tuple(tensor.shape))
-    return hashlib.sha256(shape.encode() + values.tobytes()).hexdigest()
+    return sha256_of(shape.encode() + values.tobytes())
 
 
 def combine_hashes(hashes):
     """{name: hash} -> one hash, whatever the order of the names."""
     pairs = repr(sorted(hashes.items()))
-    return hashlib.sha256(pairs.encode()).hexdigest()
+    return sha256_of(pairs.encode())

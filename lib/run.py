@@ -24,6 +24,7 @@ from lib import checkpoint, machine, template
 from lib.config import FIELDS, MAY_CHANGE, Config, method_options, read_run_config, renamed, write_toml
 from lib.files import check, read_file, save_file, write_atomic
 from lib.kernels import simulating
+from lib.tokenizer import end_ids
 from lib.tokens import add_tokens
 from model import GPT, GPTConfig
 
@@ -156,7 +157,7 @@ def load_base(config, device, dtype, saved=""):
     begins_with_bos = tokenizer.bos is not None and tokenizer.begin == [tokenizer.bos]
     if begins_with_bos and tokenizer.eos is not None and has_twin(model.head.weight, tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
-    tokenizer.ends = data.end_ids(config.base, model.config.vocab_size)
+    tokenizer.ends = end_ids(config.base, model.config.vocab_size)
     return model, tokenizer
 
 

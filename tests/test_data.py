@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from lib import files, origin, world
+from lib import download, files, origin, world
 from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
+from lib.tokenizer import end_ids
 
 
 @pytest.fixture(scope="module")
@@ -371,15 +372,15 @@ def test_without_the_package_a_difference_says_what_to_install(both, monkeypatch
 
 
 def test_all_ends_that_a_base_names(tokenizer, tmp_path):
-    assert data.end_ids(tmp_path, 600) == set() and tokenizer.stops == [2]
+    assert end_ids(tmp_path, 600) == set() and tokenizer.stops == [2]
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5, "text_config": {"eos_token_id": [6, 7]}}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 106]}))
-    assert data.end_ids(tmp_path, 600) == {5, 6, 7, 106}
-    assert data.end_ids(tmp_path, 106) == {5, 6, 7}              # a model never writes what it has no row for
+    assert end_ids(tmp_path, 600) == {5, 6, 7, 106}
+    assert end_ids(tmp_path, 106) == {5, 6, 7}              # a model never writes what it has no row for
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": None}))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, "</s>"]}))
     with pytest.raises(ValueError, match=r"generation_config.json: eos_token_id is \[7, '</s>'\]; it must be"):
-        data.end_ids(tmp_path, 600)
+        end_ids(tmp_path, 600)
 
 
 def test_no_stop_is_left_in_the_text(tokenizer):
@@ -821,7 +822,7 @@ def test_archives_that_are_refused(tmp_path, files, words):
 def test_without_a_network(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no network")
-    monkeypatch.setattr(data.urllib.request, "urlopen", fail)
+    monkeypatch.setattr(download.urllib.request, "urlopen", fail)
     with pytest.raises(ValueError, match="put trainset.csv, devset.csv, testset_w_refs.csv into .* by hand, or pass the file with --archive"):
         data.download(tmp_path)
     (tmp_path / "x.zip").write_bytes(io.BytesIO(b"PK").read())
