@@ -18,6 +18,7 @@ import quant
 from conftest import ROOT, tiny
 from model import GPT
 from lib import checkpoint, files, origin, run
+from lib.adapterhub import HUB_STYLES
 from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
@@ -191,7 +192,7 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
     if "NANOPEFT_ADAPTERS" not in os.environ:
         pytest.skip("NANOPEFT_ADAPTERS does not name a Python with the adapters package")
     expected = {}
-    for style in hub.HUB_STYLES:
+    for style in HUB_STYLES:
         expected[style] = make_run(bases[family], tmp_path / f"run_{style}", "adapter", dict(adapter_style=style, adapter_activation="swish"))
         hub.export(tmp_path / f"run_{style}", tmp_path / f"out_{style}", "adapterhub", "tuned")
     done = subprocess.run([os.environ["NANOPEFT_ADAPTERS"], "-I", "-W", "ignore", "-c", ADAPTERS_LOGITS, bases[family], tmp_path, json.dumps(TOKENS.tolist())],
@@ -206,7 +207,7 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("method, options", PEFT_METHODS + [("adapter", dict(adapter_style=style)) for style in hub.HUB_STYLES])
+@pytest.mark.parametrize("method, options", PEFT_METHODS + [("adapter", dict(adapter_style=style)) for style in HUB_STYLES])
 def test_out_and_in_again(bases, tmp_path, family, method, options):
     if not possible(family, method):
         pytest.skip("refused")
@@ -440,12 +441,13 @@ def test_tables_that_peft_trained_apart(bases, tmp_path):
         hub.to_peft(peft.pack_adapter(model), origin.new_origin(model.config))
 
 
-def test_a_checkpoint_is_of_the_runs_type_however_its_tables_were_trained(bases, tmp_path):
+def test_a_checkpoint_is_of_the_bases_type_however_it_was_computed(bases, tmp_path):
     make_run(bases["llama"], tmp_path / "run", "lora+embed+head", {})
     config = dataclasses.replace(Config(**read_toml(tmp_path / "run" / "config.toml")), dtype="bfloat16")
     (tmp_path / "run" / "config.toml").write_text(write_toml(config))
-    hub.merge_run(tmp_path / "run", tmp_path / "merged")
-    assert {t.dtype for _, t in files.read_tensors(tmp_path / "merged")} == {torch.bfloat16}
+    for dtype, expected in (("", torch.float32), ("bfloat16", torch.bfloat16)):
+        hub.merge_run(tmp_path / "run", tmp_path / f"merged{dtype}", dtype=dtype)
+        assert {t.dtype for _, t in files.read_tensors(tmp_path / f"merged{dtype}")} == {expected}
 
 
 def test_folders_that_are_refused(bases, tmp_path, refused):
