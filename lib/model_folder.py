@@ -17,7 +17,8 @@ import data
 from lib.checkpoint import save_base
 from lib.files import read_bytes, write_atomic, write_json
 from lib.origin import origin_of
-from lib.template import KEPT
+from lib.pieces import tokenizer_json
+from lib.template import KEPT, source_in
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "vocab.json",
                    "merges.txt", "tokenizer_config.json", KEPT)
@@ -78,7 +79,7 @@ def write_tokenizer(folder, tokenizer, base, chat=None, widened=False):
     """
     Writes the tokenizer's files: byte for byte the base's, but for what training has changed.
 
-    base: the folder of the base, or None where it is made here. chat: the run's lib.template.Chat, or None. widened:
+    base: the folder of the base, or None where it is made here and keeps to its tokenizer.model. chat: the run's lib.template.Chat, or None. widened:
     whether the run has added tokens, so that its own files hold.
     """
     paths = [Path(base, name) for name in TOKENIZER_FILES] if base else []
@@ -87,29 +88,35 @@ def write_tokenizer(folder, tokenizer, base, chat=None, widened=False):
         if widened or name not in files and name != CONFIG:      # A vocab.json with its merges becomes a tokenizer.json.
             files[name] = content
     names = names_of(tokenizer, chat)
-    usual = of_pieces(tokenizer)
+    usual, changed = {"tokenizer_class": "PreTrainedTokenizerFast"}, dict(names)
+    if "tokenizer.json" not in files:
+        model, _ = data.parse_pieces(files["tokenizer.model"])
+        usual = settings_of_pieces(model, tokenizer.begin)
+        content = tokenizer_json(model, data.tokenizers_package()) if base else None
+        if content:
+            files["tokenizer.json"] = content
+            changed["tokenizer_class"] = "PreTrainedTokenizerFast"
     if "tokenizer.json" in files:
         files["tokenizer.json"] = with_beginning(files["tokenizer.json"], tokenizer.begin, names)
-        usual = {"tokenizer_class": "PreTrainedTokenizerFast"}
     gone = ()
     if chat is not None:
         files[KEPT] = chat.source.encode()
-        gone = ("chat_template",)
-    change(files, CONFIG, usual, names, gone)
+        gone = ("chat_template",) if base and chat.source != source_in(base) else ()
+    change(files, CONFIG, usual, changed, gone)
     if "special_tokens_map.json" in files:               # transformers 4 takes the names from here where it is.
         change(files, "special_tokens_map.json", {}, names)
     for name, content in files.items():
         write_atomic(Path(folder, name), content)
 
 
-def change(files, name, usual, names, gone=()):
+def change(files, name, usual, changed, gone=()):
     """
-    Changes one of the files, a JSON object: `usual` where it lacks these keys, the names of special tokens, and keys that
-    go. A file that says all of it already stays as it is.
+    Changes one of the files, a JSON object: `usual` where it lacks these keys, `changed` in any case, and keys that go. A
+    file that says all of it already stays as it is.
     """
     before = json.loads(files[name]) if name in files else {}
     after = usual | before
-    for key, text in names.items():
+    for key, text in changed.items():
         named = after.get(key)
         named = named.get("content") if isinstance(named, dict) else named
         if named != text:
@@ -130,16 +137,13 @@ def names_of(tokenizer, chat):
     return {key: texts[i] for key, i in ids.items() if i in texts}
 
 
-def of_pieces(tokenizer):
+def settings_of_pieces(model, begin):
     """
-    tokenizer_config.json of a tokenizer.model; {} without one. transformers 5 would split texts in its own way if it were
-    not told that the pieces are of Llama's kind.
+    tokenizer_config.json for a SentencePiece model that stands alone. transformers 5 would split texts in a way of its own
+    if it were not told that the pieces are of Llama's kind.
     """
-    if "tokenizer.model" not in tokenizer._files:
-        return {}
-    model, _ = data.parse_pieces(tokenizer._files["tokenizer.model"])
     return {"tokenizer_class": "LlamaTokenizer", "unk_token": model.id_to_piece(model.unk_id()),
-            "add_bos_token": bool(tokenizer.begin), "add_eos_token": False}
+            "add_bos_token": bool(begin), "add_eos_token": False}
 
 
 def with_beginning(content, begin, names):
