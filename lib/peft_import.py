@@ -297,7 +297,10 @@ def linear_tensors(settings, tensors, base, suffixes):
     start, end = map(re.escape, peft_name(base, base.family.block(0)).split("0"))
     name_of = re.compile(rf"{start}(\d+){end}(.+)\.({'|'.join(suffixes)})(?:\.weight)?")
     found = []
+    tables = [theirs.removesuffix("weight") for theirs, ours in whole_names(base).items() if not peft.is_norm(ours)]
     for name, t in tensors.items():
+        table = next((start for start in tables if name.startswith(start)), "")
+        check(not table, f"LoRA on {table.split('.')[-2:][0]} cannot be read; here embedding and head are trained whole (modules_to_save)")
         match = name_of.fullmatch(name)
         there = match and int(match[1]) < base.config.n_layer and match[2] in linear_layers(base)
         check(there and t.dim(), f"{name} is no tensor of a {base.family.name} adapter with {base.config.n_layer} layers")
@@ -349,6 +352,8 @@ def vera_from_peft(settings, tensors, base, whole):
     modules = list(dict.fromkeys(module for module, *_ in found))
     check(modules, "no VeRA in it")
     rank = positive(settings, "r")
+    for module in modules:
+        check_single(module, linear_layers(base)[module])
     ours = peft.shared_projections(int(rank), shapes_of_targets(base, modules))
     same = settings.get("projection_prng_key", 0) == 0
     for one, other in zip(shared, ours):
@@ -356,9 +361,8 @@ def vera_from_peft(settings, tensors, base, whole):
     check(same, "its shared projections vera_A and vera_B are not those of projection_prng_key 0, which are drawn here")
     out = {}
     for module, i, suffix, t in found:
-        layers = linear_layers(base)[module]
-        check_single(module, layers)
-        out[f"blocks.{i}.{next(iter(layers))}.{VERA_SUFFIXES[suffix]}"] = t
+        name = next(iter(linear_layers(base)[module]))
+        out[f"blocks.{i}.{name}.{VERA_SUFFIXES[suffix]}"] = t
     options = {"rank": int(rank), "targets": targets_in(out), "dropout": float(number(settings, "vera_dropout", 0.0))}
     return "vera", options, out
 
@@ -374,6 +378,8 @@ def lora_from_peft(settings, tensors, base, whole):
     common = {"rank": positive(settings, "r"), "alpha": positive(settings, "lora_alpha"),
               "rslora": bool(settings.get("use_rslora"))}
     biases = take_biases(tensors, base)
+    # VeLoRA's alone, for the backward pass.
+    tensors = {name: t for name, t in tensors.items() if not name.endswith(".lora_velora_embed")}
     found = linear_tensors(settings, tensors, base, LORA_SUFFIXES)
     rank = max((len(t) for _, _, suffix, t in found if suffix == "lora_A"), default=0)
     check(rank, "no LoRA in it")
