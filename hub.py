@@ -82,8 +82,9 @@ def read_start(path, base):
     if folder.is_file():
         content = peft.read_adapter(path)
     elif (folder / "config.toml").is_file():
-        config, content = read_run(folder)
-        check(config.base != "new", f"{path}: trained a model from nothing, which is a base now: --base {path}")
+        from_nothing = read_run_config(folder).base == "new"
+        check(not from_nothing, f"{path}: trained a model from nothing, which is a base now: --base {path}")
+        config, content = read_run(folder, base)
     else:
         is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
         check(not is_model, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")

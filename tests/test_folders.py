@@ -12,7 +12,7 @@ import data
 import hub
 import train
 from conftest import named_folder
-from lib import checkpoint, origin, run
+from lib import checkpoint, files, origin, run
 from lib.config import Config
 from model import GPT, GPTConfig
 
@@ -136,3 +136,77 @@ def test_transformers_does_the_same(merged, variable):
         _, expected = merged[name]
         assert (found["ids"], found["chat"]) == (expected["ids"], expected["chat"]), name
         assert found["text"] == expected["text"] and found["text"][-1] in expected["stops"], name
+
+
+# -----------------------------------------------------------------------------
+# what stands in the files
+
+
+def of(folder, name):
+    """The object in a JSON file."""
+    return json.loads((folder / name).read_text())
+
+
+def test_ends_are_those_of_the_training(merged):
+    """stories260K has never seen its own end: a run on it ends with 1, which its base calls the beginning."""
+    expected = {"llama": (1, [1, 2]), "gpt2": (50256, 50256), "opt": (2, 2), "smollm2": (2, 2)}
+    for name, (folder, run_says) in merged.items():
+        end, stops = expected[name]
+        assert (of(folder, "config.json")["eos_token_id"], of(folder, "generation_config.json")["eos_token_id"]) == (end, stops)
+        assert sorted(run_says["stops"]) == sorted(stops if isinstance(stops, list) else [stops])
+    assert of(merged["llama"][0], "tokenizer_config.json")["eos_token"] == "<s>"
+    assert of(merged["opt"][0], "config.json")["pad_token_id"] == 1
+
+
+def test_a_template_that_the_base_does_not_have_brings_its_end(tmp_path):
+    """ChatML over a base whose end is another token, and a generation_config.json with settings that stay."""
+    base = tmp_path / "base"
+    base.mkdir()
+    tokenizers = pytest.importorskip("tokenizers")
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    inner.train_from_iterator(["say cat it is"], tokenizers.trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    inner.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": special[0], "pad_token": special[0], "chat_template": None}))
+    (base / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": special[0]}}))
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "eos_token_id": 0, "_from_model_config": True}))
+    torch.manual_seed(0)
+    checkpoint.save_base(GPT(GPTConfig(vocab_size=300, **LLAMA)), base, {"eos_token_id": 0})
+    (tmp_path / "talks.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
+    train.train(Config(method="lora", base=str(base), data=str(tmp_path / "talks.jsonl"), out_dir=str(tmp_path / "run"), template="chatml",
+                       max_iters=1, eval_interval=1, sample_count=0, batch_size=2, dtype="float32", device="cpu"))
+    hub.merge_run(tmp_path / "run", tmp_path / "merged")
+    hub.export(tmp_path / "run", tmp_path / "peft")
+    for folder in (tmp_path / "merged", tmp_path / "peft"):
+        assert of(folder, "generation_config.json") == {"temperature": 0.6, "bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
+        assert of(folder, "tokenizer_config.json")["eos_token"] == of(folder, "special_tokens_map.json")["eos_token"] == "<|im_end|>"
+        assert (folder / "chat_template.jinja").read_text() == (tmp_path / "run" / "chat_template.jinja").read_text()
+        assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    assert of(tmp_path / "merged", "config.json")["eos_token_id"] == 2
+    assert data.Tokenizer.load(tmp_path / "merged").eos == 2
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)])
+@pytest.mark.parametrize("quantized", ["", "nf4"])
+def test_what_no_method_touched_is_the_bases_to_the_bit(tmp_path, types, quantized):
+    """Of one type, or with norms of another, whatever the run computed in."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(vocab_size=300, **LLAMA))
+    tables = {name: types["norm" in name] for name, _ in model.named_parameters()}
+    model.origin = origin.new_origin(model.config)
+    model.origin.types.update(tables)
+    checkpoint.save_base(model, tmp_path / "base")
+    data.Tokenizer.train(["say cat it is"], 300).save(tmp_path / "base")
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, PAIRS)))
+    train.train(Config(method="lora", targets="q,down", base=str(tmp_path / "base"), data=str(tmp_path / "pairs.jsonl"), out_dir=str(tmp_path / "run"),
+                       max_iters=2, eval_interval=2, warmup_iters=0, learning_rate=0.5, sample_count=0, batch_size=2, dtype="bfloat16", quant=quantized, device="cpu"))
+    hub.merge_run(tmp_path / "run", tmp_path / "merged")
+    before, after = (dict(files.read_tensors(tmp_path / name)) for name in ("base", "merged"))
+    assert before.keys() == after.keys()
+    for name, t in before.items():
+        touched = "q_proj" in name or "down_proj" in name or quantized and "_proj" in name
+        assert after[name].dtype == t.dtype and torch.equal(after[name], t) == (not touched), name
+    hub.merge_run(tmp_path / "run", tmp_path / "half", dtype="float16")
+    assert {t.dtype for t in dict(files.read_tensors(tmp_path / "half")).values()} == {torch.float16}
