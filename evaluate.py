@@ -177,7 +177,8 @@ def training_row(folder):
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
 
 
-# The columns of the official script's tables, by how their names begin, and what it mends of a wrong encoding.
+# The columns of the official script's tables, by how their names begin, and what it mends of wrong
+# encodings.
 COLUMNS = {
     "prompt": r"mr|src|source|meaning([_ .-]rep(resentation)?)?|da|dial(ogue)?[_ .-]act",
     "prediction": r"out(put)?|ref(erence)?|sys(tem)?([_ .-](out(put)?|ref(erence)?))?",
@@ -192,7 +193,7 @@ def read_lines(path):
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
-    return lines[:-1] if not lines[-1] else lines                # What follows the last line's end is no line.
+    return lines if lines[-1] else lines[:-1]                    # Nothing follows the last line's end.
 
 
 def is_table(path):

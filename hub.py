@@ -2,7 +2,7 @@
 The door for adapters: out to PEFT's and AdapterHub's layouts and in from there, looked at, added, merged.
 
     python hub.py show out/qlora                            # what is in an adapter
-    python hub.py export out/qlora DIR --layout peft         # or adapterhub; loads with PeftModel.from_pretrained
+    python hub.py export out/qlora DIR --layout peft         # or adapterhub, gguf; loads with PeftModel.from_pretrained
     python hub.py export out/qlora DIR --adapter last        # not the best: the last, or that of a step
     python hub.py import DIR out/x --base DIR                # the same layouts in, as a run for sample.py and evaluate.py
     python hub.py add out/x out/y out/z --weights 1 0.5      # LoRA adapters of one base added up, as the run out/z
@@ -19,6 +19,9 @@ import sys
 from lib.config import FIELDS, METHOD_OPTIONS, Config, convert, read_run_config, run_main, write_toml
 
 
+LAYOUTS = ("peft", "adapterhub", "gguf")
+
+
 def parse(args):
     """The command line: a command and its folders."""
     as_written = argparse.RawDescriptionHelpFormatter
@@ -31,7 +34,7 @@ def parse(args):
     for command in (export, import_, merge):
         command.add_argument("folder")
     import_.add_argument("run")
-    export.add_argument("--layout", default="peft", choices=("peft", "adapterhub"))
+    export.add_argument("--layout", default="peft", choices=LAYOUTS)
     export.add_argument("--name", default="nanopeft", help="of the adapter, in AdapterHub's layout")
     import_.add_argument("--base", required=True)
     for command in (export, merge):
@@ -59,7 +62,9 @@ import peft
 from lib import run as runs
 from lib.adapterhub import from_adapterhub, write_adapterhub
 from lib.checkpoint import load_base
-from lib.files import check, found_in, read_json, save_file, stored_type, write_atomic, write_json, write_safetensors
+from lib.files import (check, found_in, read_json, save_file, stored_type, write_atomic, write_json,
+                       write_safetensors)
+from lib.gguf_format import write_gguf
 from lib.model_folder import write_generation, write_model, write_tokenizer
 from lib.origin import read_origin
 from lib.peft_format import to_peft
@@ -168,14 +173,16 @@ def write_run(config, content):
 
 def export(run, path, layout="peft", name="nanopeft", base="", adapter="best"):
     """
-    A run's adapter as a folder in the layout "peft" or "adapterhub", with its tokenizer and its ends; returns its
+    A run's adapter as a folder in one of the LAYOUTS, with its tokenizer and its ends; returns its
     adapter_config. Nothing that is there is written over.
     """
     config, content = read_run(run, base, adapter)
     origin, path = read_origin(config.base), unused(path)
-    check(layout in ("peft", "adapterhub"), f"layout is {layout!r}; it must be peft or adapterhub")
+    check(layout in LAYOUTS, f"layout is {layout!r}; it must be one of {', '.join(LAYOUTS)}")
     if layout == "peft":
         settings = write_peft(path, content, origin, config.base)
+    elif layout == "gguf":
+        settings = write_gguf(path, content, origin)
     else:
         settings = write_adapterhub(path, content, origin, name)
     tokenizer, chat = runs.tokenizer_of(config, run)

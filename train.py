@@ -41,9 +41,9 @@ from lib.files import located, save_file, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
-    Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer, numbers_are_finite,
-    offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step,
-    storage_by_type, storage_of, write_beginning)
+    Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer,
+    numbers_are_finite, offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up,
+    split_loss, step, storage_by_type, storage_of, write_beginning)
 from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------

@@ -85,7 +85,8 @@ def write_tokenizer(folder, tokenizer, base, chat=None, widened=False):
     paths = [Path(base, name) for name in TOKENIZER_FILES] if base else []
     files = {path.name: read_bytes(path) for path in paths if path.is_file()}
     for name, content in tokenizer._files.items():
-        if widened or name not in files and name != CONFIG:      # A vocab.json with its merges becomes a tokenizer.json.
+        is_new = name not in files and name != CONFIG            # Of a vocab.json: its tokenizer.json.
+        if widened or is_new:
             files[name] = content
     names = names_of(tokenizer, chat)
     usual, changed = {"tokenizer_class": "PreTrainedTokenizerFast"}, dict(names)
@@ -131,7 +132,7 @@ def names_of(tokenizer, chat):
     """{"bos_token": text, "eos_token": text} of the run; what has no text is left out."""
     texts = {added.id: text for text, added in tokenizer.special_tokens.items()}
     for key, i in (("bos_token", tokenizer.bos), ("eos_token", tokenizer.eos)):
-        if key in tokenizer.names:                       # The end that a run has chosen is another, or the first.
+        if key in tokenizer.names:                       # A run may have taken bos as its end.
             texts.setdefault(i, tokenizer.names[key])
     ids = {"bos_token": tokenizer.bos, "eos_token": trained_end(tokenizer, chat)}
     return {key: texts[i] for key, i in ids.items() if i in texts}

@@ -44,8 +44,8 @@ def tokenizer_json(model, package):
     content = json.dumps(parts, ensure_ascii=False)
     other = package.Tokenizer.from_str(content)
     other.encode_special_tokens = True
-    same = all(other.encode(text, add_special_tokens=False).ids == model.encode(text) for text in probes(model))
-    return content.encode() if same else None
+    theirs = [other.encode(text, add_special_tokens=False).ids for text in probes(model)]
+    return content.encode() if theirs == model.encode(probes(model)) else None
 
 
 def replacing(text, other):

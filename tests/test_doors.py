@@ -215,7 +215,7 @@ for style in ("houlsby", "pfeiffer", "lin"):
     name = model.load_adapter(out + "/out_" + style)
     model.set_active_adapters(name)
     torch.save(model.eval()(tokens).logits.detach(), out + "/logits_" + style)
-    model.save_adapter(out + "/back_" + style, name)
+    model.save_adapter(out + "/back_" + style, name, use_safetensors=style == "pfeiffer")
 """
 
 
@@ -273,6 +273,36 @@ def test_a_merged_folder_is_a_checkpoint_of_transformers(peer, bases, tmp_path):
         assert (torch.load(tmp_path / name / "logits.pt", weights_only=True) - ours).abs().max() < 1e-5
         assert torch.allclose(logits(checkpoint.load_base(tmp_path / name)), ours, atol=1e-5)
         assert data.Tokenizer.load(tmp_path / name).encode("the cat")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_gguf_file(bases, tmp_path, family):
+    """As llama.cpp has its tensors. The oracle of the order of rows is its converter's own expression (LlamaModel.permute)."""
+    gguf = pytest.importorskip("gguf")
+    make_run(bases[family], tmp_path / "run", "lora", dict(rslora=True))
+    settings = hub.export(tmp_path / "run", tmp_path / "out", "gguf")
+    hub.export(tmp_path / "run", tmp_path / "peft")
+    theirs = dict(files.read_tensors(tmp_path / "peft" / "adapter_model.safetensors"))
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    assert reader.fields["general.architecture"].contents() == family and reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(settings["lora_alpha"])
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    assert len(found) == len(theirs)
+    if family == "llama":
+        B = theirs["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"].numpy()
+        expected = B.reshape(2, 2, len(B) // 4, -1).swapaxes(1, 2).reshape(B.shape)
+        assert (found["blk.1.attn_k.weight.lora_b"].numpy() == expected).all() and not (B == expected).all()
+        assert torch.equal(found["blk.1.ffn_down.weight.lora_b"], theirs["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"])
+    else:
+        assert torch.equal(found["blk.0.attn_qkv.weight.lora_a"], theirs["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"])
+    assert len({len(t) for name, t in theirs.items() if "lora_A" in name}) == 1          # one rank, so one scale
+
+
+def test_what_no_gguf_file_holds(bases, tmp_path):
+    make_run(bases["llama"], tmp_path / "run", "dora", {})
+    with pytest.raises(ValueError, match="dora has no place in a GGUF file"):
+        hub.export(tmp_path / "run", tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_show(bases, tmp_path):
