@@ -15,7 +15,7 @@ import data
 import hub
 import peft
 import quant
-from conftest import FAMILIES, ROOT, tiny
+from conftest import ROOT, tiny
 from model import GPT
 from lib import checkpoint, files, origin, run
 from lib.adapterhub import HUB_STYLES
@@ -138,39 +138,6 @@ def test_what_peft_has_trained_is_read(peer, bases, tmp_path, family):
         model, _, _ = run.load_run(tmp_path / f"{name}_run", "cpu", "float32")
         theirs = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert (logits(model) - theirs).abs().max() < 1e-5, (name, (logits(model) - theirs).abs().max())
-
-
-OF_ALL_FAMILIES = [("lora", {}), ("dora", dict(targets="q,k,v,out,down")), ("vera", dict(rank=3)), ("ia3", {}), ("prompt", dict(prompt_length=3)),
-                   ("prefix", dict(prefix_length=3, prefix_style="after")), ("lora+embed+norm", {}), ("bitfit", {})]
-
-
-@pytest.mark.peers
-def test_adapters_over_every_family_go_to_peft(peer, bases, tmp_path):
-    """What is not refused in words computes the same there. One process, whose start takes longer than all of it."""
-    script, expected = [], {}
-    for family in FAMILIES:
-        torch.manual_seed(0)
-        base = GPT(tiny(family, vocab_size=300))
-        for p in base.parameters():
-            p.data += 0.05 * torch.randn_like(p)
-        checkpoint.save_base(base, tmp_path / family)
-        data.Tokenizer.load(bases["llama"]).save(tmp_path / family)
-        for i, (method, options) in enumerate(OF_ALL_FAMILIES):
-            name = f"{family}_{i}"
-            try:
-                expected[name] = make_run(tmp_path / family, tmp_path / f"run_{name}", method, options)
-                hub.export(tmp_path / f"run_{name}", tmp_path / name)
-            except ValueError as error:
-                assert any(words in str(error) for words in ("has no biases", "has no place")), (family, method, error)
-                expected.pop(name, None)
-                continue
-            args = [tmp_path / family, tmp_path / name, json.dumps(TOKENS.tolist()), tmp_path / f"logits_{name}"]
-            script.append(f"sys.argv[1:] = {list(map(str, args))!r}\nexec(code)")
-    peer(f"import sys\ncode = {PEFT_LOGITS!r}\n" + "\n".join(script))
-    for name, ours in expected.items():
-        difference = (ours - torch.load(tmp_path / f"logits_{name}", weights_only=True)).abs().max()
-        assert difference < 2e-5, (name, difference)
-    assert len(expected) >= 6 * len(FAMILIES), set(expected)
 
 
 TIED = """
