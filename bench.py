@@ -27,7 +27,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib.config import Config, run_main, write_toml
+from lib.config import Config, run_main
 
 
 def parse(args):
@@ -447,8 +447,7 @@ def bench_loss(job, args, folder):
         if name.endswith(".B"):
             p.data.normal_(std=0.02)
     peft.save_adapter(model, folder / "adapter.pt")
-    (folder / "config.toml").write_text(write_toml(Config(base=job.base, rank=job.rank)))
-    hub.export(folder, folder / "peft")
+    hub.write_peft(folder / "peft", peft.pack_adapter(model), model.origin, job.base)
     job = replace(job, what="step", adapter=str(folder))
     own, theirs = (side.figures()["losses"] for side in (ours(job), peers(job)[0]))
     difference = max(abs(a - b) for a, b in zip(own, theirs, strict=True))

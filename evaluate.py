@@ -13,6 +13,7 @@ foods, areas and neighbours in the representations that the text does not contai
 """
 
 import argparse
+import csv
 import json
 import re
 import statistics
@@ -20,6 +21,7 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from lib.config import read_run_config, run_main
@@ -39,12 +41,14 @@ def parse(args):
     parser.add_argument("--no_repeat_ngram", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--base", default="", help="where the runs' base lies now, if it has moved")
+    parser.add_argument("--adapter", default="best", metavar="last|best|STEP", help="which of a run's (default: best)")
     parser.add_argument("--training", action="store_true",
                         help="losses, time, memory and size of the runs instead of scores")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--predictions", help="a file of texts, one a line")
-    parser.add_argument("--references", help="a file of references, groups separated by an empty line")
+    parser.add_argument("--predictions", help="a file of texts, one a line, or a .csv or .tsv with mr and output")
+    parser.add_argument("--references", help="references: groups separated by an empty line, one a line, or a .csv or .tsv with mr and ref")
     return parser.parse_args(args)
 
 
@@ -55,7 +59,7 @@ import data
 import peft
 from lib import report
 from lib.beam import beam_search
-from lib.files import write_atomic
+from lib.files import check, read_bytes, write_atomic
 from lib.run import chat_of, load_run, sample_text
 from lib.scores import score
 
@@ -130,7 +134,7 @@ def evaluate_run(folder, args):
 
     Returns the row. ValueError where the data has no references.
     """
-    model, tokenizer, config = load_run(folder, args.device, args.dtype)
+    model, tokenizer, config = load_run(folder, args.device, args.dtype, args.base, args.adapter)
     source = args.data or config.data
     corpus = data.load(source)
     test = corpus.test[:args.limit or None]
@@ -173,19 +177,72 @@ def training_row(folder):
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
 
 
-def read_text(path):
-    """The text in a file; ValueError where there is none."""
+# The columns of the official script's tables, by how their names begin, and what it mends of wrong
+# encodings.
+COLUMNS = {
+    "prompt": r"mr|src|source|meaning([_ .-]rep(resentation)?)?|da|dial(ogue)?[_ .-]act",
+    "prediction": r"out(put)?|ref(erence)?|sys(tem)?([_ .-](out(put)?|ref(erence)?))?",
+    "reference": r"trg|tgt|target|ref(erence)?|human([_ .-](ref(erence)?))?"}
+MISREAD = {"Ł": "£", "Â£": "£", "Ã©": "é", "ã©": "é"}
+
+
+def read_lines(path):
+    """The lines of a text file, without the white space around them; ValueError where it is no UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
+    lines = [line.strip() for line in re.split(r"\r\n|\r|\n", text)]
+    return lines if lines[-1] else lines[:-1]                    # Nothing follows the last line's end.
+
+
+def is_table(path):
+    """Whether a file is a table by its name: comma- or tab-separated, with a header."""
+    return Path(path).suffix.lower() in (".csv", ".tsv")
+
+
+def read_table(path, column):
+    """[(prompt, text in that column of COLUMNS)] of a table's rows."""
+    rows = [line for line in read_lines(path) if line]
+    check(rows, f"{path}: the file is empty")
+    for wrong, right in MISREAD.items():
+        rows = [row.replace(wrong, right) for row in rows]
+    header, *rows = csv.reader(rows, delimiter="\t" if "\t" in rows[0] else ",")
+    places = []
+    for name in ("prompt", column):
+        found = [i for i, title in enumerate(header) if re.match(COLUMNS[name], title, re.I)]
+        check(len(found) == 1, f"{path}: {len(found)} columns for the {name} in {', '.join(header)}; there must be one, such as mr and ref")
+        places += found
+    for number, row in enumerate(rows, 1):
+        check(len(row) == len(header), f"{path}: row {number} has {len(row)} columns, the header {len(header)}")
+    return [tuple(row[i] for i in places) for row in rows]
+
+
+def read_predictions(path):
+    """The texts of a file: a line each, which may be empty, or a row each of a table."""
+    return [text for _, text in read_table(path, "prediction")] if is_table(path) else read_lines(path)
+
+
+def read_references(path):
+    """The groups of references in a file: lines, with an empty one between groups, or a line each where no line is
+    empty; of a table, the rows in succession that have one prompt."""
+    if is_table(path):
+        groups = groupby(read_table(path, "reference"), key=lambda row: row[0])
+        return [[text for _, text in rows] for _, rows in groups]
+    groups = [[]]
+    for line in read_lines(path):
+        if line:
+            groups[-1].append(line)
+        else:
+            groups.append([])
+    while groups and not groups[-1]:
+        groups.pop()
+    return [[line] for line in groups[0]] if len(groups) == 1 else groups
 
 
 def files_row(predictions, references):
-    """The row of two files: a text a line, and groups of references with an empty line between them."""
-    texts = read_text(predictions).rstrip("\n").split("\n")
-    groups = re.split(r"\n\s*\n", read_text(references).strip("\n"))
-    scores = score(texts, [group.split("\n") for group in groups])
+    """The row of two files, in the official script's layouts."""
+    scores = score(read_predictions(predictions), read_references(references))
     return {"method": Path(predictions).name, "trainable": 0, "settings": "", **scores}
 
 

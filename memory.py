@@ -478,7 +478,7 @@ def readme_table():
         for method in methods:
             batches = [max_batch(name, n * 10**9, method) for n in (16, 24, 80)]
             peak = predicted_peak(PRESETS[name], method, 1, 512)
-            row = [name, method, size(peak, 2), *(str(batch or "-") for batch in batches)]
+            row = [name, method, size(peak, 2), *map(str, batches)]
             yield "| " + " | ".join(row) + " |"
 
 

@@ -261,6 +261,17 @@ class VeRA(LinearWrapper):
         return weight + B @ A, bias
 
 
+def shared_projections(rank, shapes):
+    """VeRA's random A (rank, widest in) and B (widest out, rank) for layers of the shapes [(out, in)], as PEFT draws them."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = map(max, zip(*shapes))
+    A = torch.empty(rank, columns, device="cpu")
+    B = torch.empty(rows, rank, device="cpu")
+    for matrix in (A, B):
+        nn.init.kaiming_uniform_(matrix, generator=generator)
+    return A, B
+
+
 def add_vera(model, rank=8, dropout=0.0, targets="all"):
     """VeRA (Kopiczko et al. 2024), whose ranks are higher than LoRA's: 256 to 1024 there. b is zero at first. A and B are drawn
     from a seed of their own, as the peft library draws them, so that an adapter's file need not hold them."""
@@ -268,11 +279,8 @@ def add_vera(model, rank=8, dropout=0.0, targets="all"):
     places = target_places(model, targets)
     note_method(model, "vera", rank=rank, dropout=dropout, targets=targets)
     layers = [getattr(parent, name) for parent, name in places]
-    generator = torch.Generator().manual_seed(0)
-    A = torch.empty(rank, max(layer.in_features for layer in layers), device="cpu")
-    B = torch.empty(max(layer.out_features for layer in layers), rank, device="cpu")
-    for matrix in (A, B):
-        nn.init.kaiming_uniform_(matrix, generator=generator)
+    shapes = [(layer.out_features, layer.in_features) for layer in layers]
+    A, B = shared_projections(rank, shapes)
     A = A.to(device_of(model))
     B = B.to(device_of(model))
     for (parent, name), layer in zip(places, layers):
@@ -936,23 +944,34 @@ def pack_adapter(model):
     """What an adapter's file holds: plain values and the trained tensors, on the CPU."""
     check(methods(model), "nothing is attached that could be saved")
     check(not is_merged(model), "the model is merged; unmerge it first")
-    options = options_attached(model)
-    tensors = adapter_state_dict(model)
+    return packed("+".join(methods(model)), options_attached(model), adapter_state_dict(model), fingerprint(model))
+
+
+def packed(method, options, tensors, base):
+    """What an adapter's file holds, of methods, their options and trained tensors over a base of that fingerprint."""
     if options.get("prefix_mlp"):
-        tensors = fold_prefix(model, tensors)
-        options["prefix_mlp"] = 0
+        tensors = fold_prefix(tensors)
+        options = options | {"prefix_mlp": 0}
     tensors = {name: t.cpu() for name, t in tensors.items()}
-    return {"format": FORMAT, "kind": "adapter", "method": "+".join(methods(model)), "options": options, "base": fingerprint(model),
-            "parameters": sum(t.numel() for t in tensors.values()), "tensors": tensors}
+    count = sum(t.numel() for t in tensors.values())
+    return {"format": FORMAT, "kind": "adapter", "method": method, "options": options, "base": base, "parameters": count,
+            "tensors": tensors}
 
 
-def fold_prefix(model, tensors):
+def fold_prefix(tensors):
     """The trained tensors, with the s_k and s_v that a prefix's reparametrization comes to in place of its E and MLP."""
-    tensors = {name: t for name, t in tensors.items() if ".attn.prefix." not in name}
-    for i, block in enumerate(model.blocks):
-        for name, s in zip(("s_k", "s_v"), block.attn.prefix()):
-            tensors[f"blocks.{i}.attn.prefix.{name}"] = s.detach().clone()
-    return tensors
+    folded = {name: t for name, t in tensors.items() if ".attn.prefix." not in name}
+    for name in tensors:
+        start, found, _ = name.partition(".prefix.E")
+        if found:
+            E, W_1, b_1, W_2, b_2 = (tensors[f"{start}.prefix.{part}"].detach() for part in PREFIX_MLP)
+            hidden = torch.tanh(F.linear(E, W_1, b_1))
+            s_k, s_v = F.linear(hidden, W_2, b_2).chunk(2, -1)
+            folded |= {f"{start}.prefix.s_k": s_k.clone(), f"{start}.prefix.s_v": s_v.clone()}
+    return folded
+
+
+PREFIX_MLP = ("E", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
 
 
 def save_adapter(model, path):

@@ -22,6 +22,8 @@ def parse(args):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+",
                         help="folders: runs of train.py, or models in Hugging Face layout")
+    parser.add_argument("--base", default="", help="where the runs' base lies now, if it has moved")
+    parser.add_argument("--adapter", default="best", metavar="last|best|STEP", help="which of a run's (default: best)")
     parser.add_argument("--prompt", action="append",
                         help="may be given several times; none: only the beginning-of-sequence token")
     parser.add_argument("--chat", action="store_true",
@@ -113,7 +115,7 @@ def main(args):
     check(not args.chat or len(args.model) == 1, "--chat talks with one model; give one folder")
     check(not args.chat or not args.prompt, "--chat reads from standard input; leave out --prompt")
     for folder in args.model:
-        model, tokenizer, config = load_run(folder, args.device, args.dtype)
+        model, tokenizer, config = load_run(folder, args.device, args.dtype, args.base, args.adapter)
         if args.chat and config.template in ("auto", "pipe", "raw", "none"):
             config = dataclasses.replace(config, template="base")
         made = Format(tokenizer, config.template, chat_of(config, tokenizer, folder))

@@ -36,14 +36,14 @@ import data
 import hub
 import memory
 import peft
-from lib import checkpoint, machine
+from lib import machine, model_folder
 from lib.files import located, save_file, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
-    Interrupt, Log, attach_methods, check_processes, learning_rate, make_optimizer, numbers_are_finite,
-    offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up, split_loss, step,
-    storage_by_type, storage_of, write_beginning)
+    Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer,
+    numbers_are_finite, offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up,
+    split_loss, step, storage_by_type, storage_of, write_beginning)
 from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------
@@ -78,6 +78,8 @@ def with_base(config):
 def train(config):
     """Runs a configuration; returns the metrics, or None after --dry_run or an interruption."""
     config, start = hub.adopted(config)
+    if config.resume:
+        config = find_base(config, config.resume, config.base if "base" in config.given else "")
     config = trains_tables(config)
     check_processes(config)
     device = machine.pick_device(config.device)
@@ -288,6 +290,8 @@ def evaluate_and_save(run, log):
         log.write(step=progress["step"], **losses)
         if is_better:
             peft.save_adapter(run.model, run.folder / "adapter.pt")
+        if run.config.keep_adapters:
+            peft.save_adapter(run.model, run.folder / f"adapter-{progress['step']}.pt")
     save_state(run)
 
 
@@ -325,8 +329,7 @@ def finish(run):
     adapter = folder / "adapter.pt"
     peft.load_adapter(run.model, adapter, replace=True)
     if config.base == "new":
-        ends = {"bos_token_id": run.tokenizer.bos, "eos_token_id": run.tokenizer.eos}
-        checkpoint.save_base(run.model, folder, ends)
+        model_folder.write_model(run.model, folder, run.tokenizer)
     after = samples(run)
     if machine.RANK:
         return None                                              # Under fsdp it was needed for the samples.

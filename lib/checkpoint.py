@@ -9,6 +9,7 @@ are read, checked and stored one at a time. lib/origin.py reads config.json; wha
 lib/families.py and nowhere else.
 """
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -105,7 +106,7 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if storage:
         quant.store(model, storage, empty=True)
-    names, hashes, unknown, head = layout(family, shapes), {}, [], None
+    names, hashes, types, unknown, head = layout(family, shapes), {}, {}, [], None
     for theirs, tensor in whole_norms(read_tensors(path), shapes):
         name = known_name(theirs, names, origin)
         if config.tied and theirs.endswith(f"{family.head}.weight"):
@@ -116,6 +117,7 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
             check_weight(tensor, stacked_shape([shapes[n] for n in ours]), theirs)
             for our_name, part in zip(ours, unstack(family, config, tensor, [shapes[n][0] for n in ours])):
                 hashes[our_name] = sample_hash(part)
+                types[our_name] = tensor.dtype
                 set_parameter(model, our_name, part.contiguous().to(device), dtype, storage)
         elif not BUFFERS.search(theirs) and not (origin.wrapped and OTHER_PARTS.match(theirs)):
             unknown.append(theirs)
@@ -127,8 +129,20 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
         model.head.weight = model.embed.tokens.weight
     model.make_frequencies(device)
     model.base_fingerprint = combine_hashes(hashes)
-    model.origin = origin
+    model.origin = dataclasses.replace(origin, types=types)
     return model.requires_grad_(False)
+
+
+def read_head(path):
+    """The head's weight (vocab_size, n_embd) of a checkpoint's folder, which is the embedding's where they are tied."""
+    origin = read_origin(path)
+    wanted = "embed.tokens.weight" if origin.config.tied else "head.weight"
+    names = layout(origin.family, shapes_of(origin.config))
+    for theirs, tensor in read_tensors(path):
+        name = known_name(theirs, names, origin)
+        if name and names[name][0] == [wanted]:
+            return tensor
+    raise ValueError(f"{path}: 1 tensors missing: {wanted}")
 
 
 def known_name(theirs, names, origin):
@@ -195,8 +209,8 @@ def set_parameter(model, name, value, dtype, storage):
 def save_base(model, folder, extra=None, dtype=None):
     """Writes a model without methods (or merged) as a checkpoint for transformers: config.json and model.safetensors.
 
-    dtype: of the weights; None: the head's. extra: more keys for config.json, which is otherwise the one that the model came
-    with.
+    dtype: of the weights; None: of each that of the file that it came from, in a new model the head's. extra: more keys for
+    config.json, which is otherwise the one that the model came with.
     """
     folder, origin = Path(folder), origin_of(model)
     folder.mkdir(parents=True, exist_ok=True)
@@ -205,20 +219,23 @@ def save_base(model, folder, extra=None, dtype=None):
         if isinstance(module, quant.QuantLinear):
             weights[f"{name}.weight"] = module.weight_q
     shapes = {name: weight.shape for name, weight in weights.items()}
-    dtype, tensors = dtype or model.head.weight.dtype, {}
+    usual, tensors = dtype or model.head.weight.dtype, {}
+    types = {} if dtype else origin.types
     for theirs, (ours, transposed) in layout(origin.family, shapes).items():
-        parts = [weights[n] for n in ours]
+        parts, own = [weights[n] for n in ours], types.get(ours[0], usual)
         if ours[0].endswith("_norm.weight") and parts[0].dim() == 2:
             for i, row in enumerate(parts[0]):
                 name = f"{theirs.removesuffix('.weight')}.norms.{i}.weight"
-                tensors[name] = dtype, row.shape, functools.partial(row.to, dtype)
+                tensors[name] = own, row.shape, functools.partial(row.to, own)
             continue
         shape = stacked_shape([part.shape for part in parts])
         shape = shape[::-1] if transposed else shape
-        tensors[theirs] = dtype, shape, functools.partial(stacked, origin, parts, transposed, dtype)
+        tensors[theirs] = own, shape, functools.partial(stacked, origin, parts, transposed, own)
     write_safetensors(folder / "model.safetensors", tensors)
     key = "dtype" if "dtype" in origin.content else "torch_dtype"
-    content = origin.content | {key: str(dtype).removeprefix("torch.")} | (extra or {})
+    content = {key: str(usual).removeprefix("torch.")} | origin.content | (extra or {})
+    if dtype:
+        content[key] = str(dtype).removeprefix("torch.")
     if origin.wrapped:                                   # The text part stands alone now.
         content["architectures"] = [origin.family.architecture]
     write_json(folder / "config.json", content)

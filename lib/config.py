@@ -74,6 +74,7 @@ class Knobs:
     eval_sequences: int = 320         # sequences of each split; 0: all
     save_interval: int = 0            # steps between saves beside those; 0: none
     log_interval: int = 20            # steps between progress lines
+    keep_adapters: bool = False       # the adapter of each evaluation too, as adapter-STEP.pt
     sample_count: int = 3             # representations to write about before and after
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:1
@@ -125,7 +126,8 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 MAY_CHANGE = (   # on resuming
-    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "sample_count", "device", "fsdp")
+    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters", "sample_count", "device",
+    "fsdp", "base", "data")      # the last two as paths; what lies there must be the same
 
 # -----------------------------------------------------------------------------
 # options of methods, read from the source of peft.py
@@ -318,7 +320,9 @@ def resumed(values):
         if name not in (*MAY_CHANGE, "resume", "dry_run") and before[name] != value:            # fault 20
             raise ValueError(f"{folder}: {name} was {before[name]!r} and cannot become {value!r} in a resumed run; "
                              f"only {', '.join(MAY_CHANGE)} can change")
-    return Config(**before | values)
+    config = Config(**before | values)
+    config.given = frozenset(values)
+    return config
 
 
 def help_text(doc):

@@ -47,7 +47,6 @@ class Family:
     head: str = "lm_head"         # their name of the head
     transposed: bool = False      # whether the linear layers of the blocks hold their weights as (in, out)
     interleaved: bool = False     # whether modules of several layers hold these by head
-    adapters: bool = True         # whether hub.py exports adapters over such a base
 
     def block(self, i):
         """The beginning of the names in block i."""
@@ -82,7 +81,7 @@ GPT2 = Family(
     block_modules={"ln_1": "norm1", "ln_2": "norm2", "attn.c_attn": "attn.q attn.k attn.v",
                    "attn.c_proj": "attn.out", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"})
 OPT = Family(
-    name="opt", architecture="OPTForCausalLM", prefix="model.decoder.", blocks="layers", adapters=False,
+    name="opt", architecture="OPTForCausalLM", prefix="model.decoder.", blocks="layers",
     keys=KEYS | {"ffn_dim": "n_ffn", "activation_function": "activation", "word_embed_proj_dim": "n_embd"},
     fixed={"position_offset": 2, "bias": "norm"}, biases={"enable_bias": "q k v out up down"},
     defaults={"activation_function": "relu", "tie_word_embeddings": True, "enable_bias": True},

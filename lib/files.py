@@ -5,6 +5,7 @@ safetensors is read and written here by hand, so that a tensor is in memory once
 size in the header is checked before anything is allocated.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -274,6 +275,21 @@ def read_tensors(path):
             check(name not in seen, f"{file}: {name} comes a second time")
             seen.add(name)
             yield name, tensor
+
+
+def stored_type(folder):
+    """The name of the type that holds the numbers of all of a checkpoint's tensors without loss: "bfloat16". Of a
+    safetensors file only the header is read."""
+    types = set()
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            with open(path, "rb") as file:
+                types |= {dtype for _, _, _, dtype, _ in read_header(file, path)}
+        else:
+            types |= {tensor.dtype for _, tensor in read_bin(path)}
+    floats = [dtype for dtype in types if dtype.is_floating_point]
+    widest = functools.reduce(torch.promote_types, floats, floats[0] if floats else torch.float32)
+    return str(widest).removeprefix("torch.")
 
 
 # -----------------------------------------------------------------------------

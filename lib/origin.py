@@ -32,6 +32,7 @@ class Origin:
     config: GPTConfig
     content: dict = field(compare=False)
     wrapped: bool = False         # whether it is the text part of a model of several parts
+    types: dict = field(compare=False, default_factory=dict)     # {our name: torch.dtype} in its files
 
 
 # -----------------------------------------------------------------------------

@@ -22,8 +22,9 @@ import peft
 import quant
 from lib import checkpoint, machine, template
 from lib.config import FIELDS, MAY_CHANGE, Config, method_options, read_run_config, renamed, write_toml
-from lib.files import check, read_file, save_file, write_atomic
+from lib.files import check, located, read_file, save_file, write_atomic
 from lib.kernels import simulating
+from lib.origin import read_origin
 from lib.tokenizer import end_ids
 from lib.tokens import add_tokens
 from model import GPT, GPTConfig
@@ -154,11 +155,24 @@ def load_base(config, device, dtype, saved=""):
     tokenizer = data.Tokenizer.load(config.base)
     if config.add_tokens:
         tokenizer = add_tokens(model, tokenizer, config, saved)
+    return model, with_ends(tokenizer, config.base, model.config.vocab_size, lambda: model.head.weight)
+
+
+def tokenizer_of(config, folder):
+    """(tokenizer, chat) of a run, as training used them. Of its base the head alone is read, if at all."""
+    tokenizer = data.Tokenizer.load(folder if config.add_tokens else config.base)
+    vocab_size = max(read_origin(config.base).config.vocab_size, tokenizer.vocab_size)
+    with_ends(tokenizer, config.base, vocab_size, lambda: checkpoint.read_head(config.base))
+    return tokenizer, chat_of(config, tokenizer, folder)
+
+
+def with_ends(tokenizer, base, vocab_size, head):
+    """The tokenizer with the ends of the base in a folder. head: a function that returns the head's weight."""
     begins_with_bos = tokenizer.bos is not None and tokenizer.begin == [tokenizer.bos]
-    if begins_with_bos and tokenizer.eos is not None and has_twin(model.head.weight, tokenizer.eos):
+    if begins_with_bos and tokenizer.eos is not None and has_twin(head(), tokenizer.eos):
         tokenizer.eos = tokenizer.bos                            # Its texts were divided by bos alone.
-    tokenizer.ends = end_ids(config.base, model.config.vocab_size)
-    return model, tokenizer
+    tokenizer.ends = end_ids(base, vocab_size)
+    return tokenizer
 
 
 def has_twin(table, i):
@@ -314,20 +328,73 @@ def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
     return [tokenizer.decode(ids) for ids in written]
 
 
-def load_run(folder, device="auto", dtype="auto"):
+def load_run(folder, device="auto", dtype="auto", base="", adapter="best"):
     """
-    (model, tokenizer, config) of a run with its best adapter, or of a model in Hugging Face layout, ready
-    to generate.
+    (model, tokenizer, config) of a run with an adapter of it, or of a model in Hugging Face layout, ready to generate.
+
+    base: where the run's base lies now, "" where find_base finds it. adapter: as adapter_of has it.
     """
     device = machine.pick_device(device)
     is_run = Path(folder, "config.toml").is_file() and not Path(folder, "config.json").is_file()
     check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
-    config = read_run_config(folder) if is_run else Config(base=str(folder))
+    check(is_run or not base, f"{folder}: a model and no run; leave out --base")
+    config = find_base(read_run_config(folder), folder, base) if is_run else Config(base=str(folder))
     wanted = dtype if dtype != "auto" else config.dtype
+    content = adapter_of(folder, adapter) if is_run else None
     model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device), folder)
     if is_run:
-        peft.load_adapter(model, Path(folder, "adapter.pt"))
+        with located(folder):
+            peft.load_adapter(model, content)
     return model.eval(), tokenizer, config
+
+
+def find_base(config, folder, given=""):
+    """
+    The configuration of a run with its base's folder as it is found now: `given`; else the path in config.toml, from the
+    run's folder upwards, because it was said where the run's folder was named too; else that path from here.
+    """
+    base = given or config.base
+    if base in ("", "new"):
+        return config
+    if not given and not Path(base).is_absolute():
+        places = [parent / base for parent in Path(folder).resolve().parents]
+        found = next((place for place in places if Path(place, "config.json").is_file()), None)
+        if found is not None and found.resolve() != Path(base).resolve():
+            base = str(found)
+    check(Path(base).is_dir(), f"{folder}: its base {base} is not there; --base DIR says where it is now")
+    return dataclasses.replace(config, base=base)
+
+
+def adapter_of(folder, which="best"):
+    """
+    The content (peft.read_adapter) of a run's adapter: the "best", in adapter.pt, the "last", in state.pt, or that of a
+    step, which --keep_adapters has kept or a state holds. ValueError names the steps that there are.
+    """
+    if which == "best":
+        return peft.read_adapter(Path(folder, "adapter.pt"))
+    if which == "last":
+        return adapter_in(newest_state(Path(folder)))
+    kept = Path(folder, f"adapter-{which}.pt")
+    if kept.is_file():
+        return peft.read_adapter(kept)
+    steps = {int(path.stem.partition("-")[2]) for path in Path(folder).glob("adapter-*.pt")}
+    for name in ("state.pt", "state.before.pt"):
+        if Path(folder, name).is_file():
+            state = read_file(Path(folder, name))
+            step = state["progress"]["step"]
+            if str(step) == str(which):
+                return adapter_in(state)
+            steps.add(step)
+    known = ", ".join(map(str, sorted(steps)))
+    raise ValueError(f"{folder}: no adapter {which!r} there; best, last or one of the steps {known} (a run with --keep_adapters "
+                     "keeps one of each evaluation)")
+
+
+def adapter_in(state):
+    """What a state holds of the adapter, as peft.read_adapter has it."""
+    config = Config(**renamed(state["config"]))
+    names = [name.replace("qlora", "lora") for name in peft.method_names(config.method)]
+    return peft.packed("+".join(names), method_options(config), state["tensors"], state["fingerprints"]["base"])
 
 
 # -----------------------------------------------------------------------------

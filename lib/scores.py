@@ -18,14 +18,15 @@ from collections import Counter
 
 
 def tokenize_13a(text):
-    """mteval-v13a's tokens, lower-cased (NIST's evaluation script; the E2E script's Python version of it)."""
+    """mteval-v13a's tokens, lower-cased (NIST's evaluation script; the E2E script's Python version of it, in which a text
+    without a word is one empty word)."""
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
     text = re.sub(r"([{-~\[-` -&(-+:-@/])", r" \1 ", f" {text} ")
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
     text = re.sub(r"([0-9])(-)", r"\1 \2 ", text)
-    return text.lower().split()
+    return text.lower().split() or [""]
 
 
 CONTRACTION = re.compile(r"(?<=\w)(n't|'(?:s|ll|re|ve|d|m))\b")

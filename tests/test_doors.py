@@ -18,6 +18,7 @@ import quant
 from conftest import ROOT, tiny
 from model import GPT
 from lib import checkpoint, files, origin, run
+from lib.adapterhub import HUB_STYLES
 from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
@@ -181,7 +182,7 @@ for style in ("houlsby", "pfeiffer", "lin"):
     name = model.load_adapter(out + "/out_" + style)
     model.set_active_adapters(name)
     torch.save(model.eval()(tokens).logits.detach(), out + "/logits_" + style)
-    model.save_adapter(out + "/back_" + style, name)
+    model.save_adapter(out + "/back_" + style, name, use_safetensors=style == "pfeiffer")
 """
 
 
@@ -191,7 +192,7 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
     if "NANOPEFT_ADAPTERS" not in os.environ:
         pytest.skip("NANOPEFT_ADAPTERS does not name a Python with the adapters package")
     expected = {}
-    for style in hub.HUB_STYLES:
+    for style in HUB_STYLES:
         expected[style] = make_run(bases[family], tmp_path / f"run_{style}", "adapter", dict(adapter_style=style, adapter_activation="swish"))
         hub.export(tmp_path / f"run_{style}", tmp_path / f"out_{style}", "adapterhub", "tuned")
     done = subprocess.run([os.environ["NANOPEFT_ADAPTERS"], "-I", "-W", "ignore", "-c", ADAPTERS_LOGITS, bases[family], tmp_path, json.dumps(TOKENS.tolist())],
@@ -206,7 +207,7 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-@pytest.mark.parametrize("method, options", PEFT_METHODS + [("adapter", dict(adapter_style=style)) for style in hub.HUB_STYLES])
+@pytest.mark.parametrize("method, options", PEFT_METHODS + [("adapter", dict(adapter_style=style)) for style in HUB_STYLES])
 def test_out_and_in_again(bases, tmp_path, family, method, options):
     if not possible(family, method):
         pytest.skip("refused")
@@ -239,6 +240,36 @@ def test_a_merged_folder_is_a_checkpoint_of_transformers(peer, bases, tmp_path):
         assert (torch.load(tmp_path / name / "logits.pt", weights_only=True) - ours).abs().max() < 1e-5
         assert torch.allclose(logits(checkpoint.load_base(tmp_path / name)), ours, atol=1e-5)
         assert data.Tokenizer.load(tmp_path / name).encode("the cat")
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_gguf_file(bases, tmp_path, family):
+    """As llama.cpp has its tensors. The oracle of the order of rows is its converter's own expression (LlamaModel.permute)."""
+    gguf = pytest.importorskip("gguf")
+    make_run(bases[family], tmp_path / "run", "lora", dict(rslora=True))
+    settings = hub.export(tmp_path / "run", tmp_path / "out", "gguf")
+    hub.export(tmp_path / "run", tmp_path / "peft")
+    theirs = dict(files.read_tensors(tmp_path / "peft" / "adapter_model.safetensors"))
+    reader = gguf.GGUFReader(tmp_path / "out" / "adapter.gguf")
+    assert reader.fields["general.architecture"].contents() == family and reader.fields["adapter.type"].contents() == "lora"
+    assert reader.fields["adapter.lora.alpha"].contents() == pytest.approx(settings["lora_alpha"])
+    found = {t.name: torch.from_numpy(t.data.copy()) for t in reader.tensors}
+    assert len(found) == len(theirs)
+    if family == "llama":
+        B = theirs["base_model.model.model.layers.1.self_attn.k_proj.lora_B.weight"].numpy()
+        expected = B.reshape(2, 2, len(B) // 4, -1).swapaxes(1, 2).reshape(B.shape)
+        assert (found["blk.1.attn_k.weight.lora_b"].numpy() == expected).all() and not (B == expected).all()
+        assert torch.equal(found["blk.1.ffn_down.weight.lora_b"], theirs["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"])
+    else:
+        assert torch.equal(found["blk.0.attn_qkv.weight.lora_a"], theirs["base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"])
+    assert len({len(t) for name, t in theirs.items() if "lora_A" in name}) == 1          # one rank, so one scale
+
+
+def test_what_no_gguf_file_holds(bases, tmp_path):
+    make_run(bases["llama"], tmp_path / "run", "dora", {})
+    with pytest.raises(ValueError, match="dora has no place in a GGUF file"):
+        hub.export(tmp_path / "run", tmp_path / "out", "gguf")
+    assert not (tmp_path / "out").exists()
 
 
 def test_show(bases, tmp_path):
@@ -440,12 +471,13 @@ def test_tables_that_peft_trained_apart(bases, tmp_path):
         hub.to_peft(peft.pack_adapter(model), origin.new_origin(model.config))
 
 
-def test_a_checkpoint_is_of_the_runs_type_however_its_tables_were_trained(bases, tmp_path):
+def test_a_checkpoint_is_of_the_bases_type_however_it_was_computed(bases, tmp_path):
     make_run(bases["llama"], tmp_path / "run", "lora+embed+head", {})
     config = dataclasses.replace(Config(**read_toml(tmp_path / "run" / "config.toml")), dtype="bfloat16")
     (tmp_path / "run" / "config.toml").write_text(write_toml(config))
-    hub.merge_run(tmp_path / "run", tmp_path / "merged")
-    assert {t.dtype for _, t in files.read_tensors(tmp_path / "merged")} == {torch.bfloat16}
+    for dtype, expected in (("", torch.float32), ("bfloat16", torch.bfloat16)):
+        hub.merge_run(tmp_path / "run", tmp_path / f"merged{dtype}", dtype=dtype)
+        assert {t.dtype for _, t in files.read_tensors(tmp_path / f"merged{dtype}")} == {expected}
 
 
 def test_folders_that_are_refused(bases, tmp_path, refused):

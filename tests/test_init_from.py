@@ -13,6 +13,7 @@ import peft
 import train
 from conftest import tiny
 from lib import checkpoint, config as configuration, run, tokens
+from lib.peft_format import WHOLE
 from lib.config import Config, command_line, write_toml
 from model import GPT
 
@@ -176,7 +177,7 @@ def test_train_also_joins_the_methods():
     assert command_line(["--method", "ia3+norm", "--train_also", "norm,head"]).method == "ia3+norm+head"
     with pytest.raises(ValueError, match="train_also is 'embed,lora'; it can name embed, head, norm"):
         Config(train_also="embed,lora")
-    assert set(configuration.TRAIN_ALSO) <= set(peft.METHODS) and set(configuration.TRAIN_ALSO) == hub.WHOLE
+    assert set(configuration.TRAIN_ALSO) <= set(peft.METHODS) and set(configuration.TRAIN_ALSO) == WHOLE
 
 
 def test_a_tied_head_is_the_embedding():

@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from lib.scores import bleu, cider, longest_common, nist, rouge_l, score, slot_errors, tokenize_13a, tokenize_ptb
+from evaluate import read_predictions, read_references
+from lib.scores import bleu, cider, longest_common, meteor, nist, rouge_l, score, slot_errors, tokenize_13a, tokenize_ptb
 
 
 def corpus():
@@ -55,6 +56,54 @@ def test_nist_with_several_references():
     ratio = sum(map(len, words)) / sum(sum(map(len, group)) / len(group) for group in others)
     penalty = math.exp(math.log(0.5) / math.log(1.5)**2 * math.log(min(ratio, 1))**2)
     assert nist(predictions, references) == pytest.approx(penalty * total, rel=1e-9)
+
+
+# BLEU and NIST of corpus() where so many of the predictions are empty, by the official script's own code (pymteval).
+WITH_EMPTY = {0: (0.38863889067, 3.75721139551), 1: (0.39765493819, 3.81710699937), 7: (0.35382282178, 3.45501309475), 20: (0.23253282267, 0.84648493042)}
+
+
+@pytest.mark.parametrize("n", WITH_EMPTY)
+def test_an_empty_prediction_is_one_empty_word(n):
+    predictions, references = corpus()
+    predictions = [""] * n + predictions[n:]
+    assert (bleu(predictions, references), nist(predictions, references)) == pytest.approx(WITH_EMPTY[n], abs=1e-10)
+
+
+def test_meteor():
+    """By the official script's package, its own tokenizer before it."""
+    pytest.importorskip("pycocoevalcap")
+    predictions, references = corpus()
+    assert meteor(predictions, references) == pytest.approx(0.24923429438, abs=1e-9)
+    assert meteor([""] * 3 + predictions[3:], references) == pytest.approx(0.23747670923, abs=1e-9)
+
+
+# files in the official script's layouts, with what it reads from them
+PREDICTIONS = {
+    "a.txt": ("A pub.\n\n  A café. \r\n\n", ["A pub.", "", "A café.", ""]), "b.txt": ("\ufeffA pub.\nA café.", ["A pub.", "A café."]),
+    "c.csv": ('\ufeff"mr","output"\n"name[A], food[B]","A, a pub."\n\n"name[C]","Costs £20"\n', ["A, a pub.", "Costs £20"]),
+    "d.tsv": ("MR\tsystem output\nname[A]\tA pub\n", ["A pub"]), "e.csv": ("mr,ref\nname[A],Costs Â£20 at a cafÃ©\n", ["Costs £20 at a café"])}
+REFERENCES = {
+    "a.txt": ("One.\nTwo.\n\nThree.\n\n", [["One.", "Two."], ["Three."]]), "b.txt": ("\ufeffOne.\nTwo.\n", [["One."], ["Two."]]),
+    "c.csv": ("mr,ref\nx[1],One.\nx[1],Two.\ny[2],Three.\nx[1],Four.\n", [["One.", "Two."], ["Three."], ["Four."]])}
+
+
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_predictions_are_read_as_officially(tmp_path, name):
+    (tmp_path / name).write_bytes(PREDICTIONS[name][0].encode())
+    assert read_predictions(tmp_path / name) == PREDICTIONS[name][1]
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_references_are_read_as_officially(tmp_path, name):
+    (tmp_path / name).write_bytes(REFERENCES[name][0].encode())
+    assert read_references(tmp_path / name) == REFERENCES[name][1]
+
+
+@pytest.mark.parametrize("text, words", [("a,b\n1,2\n", "0 columns for the prompt in a, b"), ("mr,ref\n1\n", "row 1 has 1 columns, the header 2"), ("\n", "the file is empty")])
+def test_tables_that_are_none(tmp_path, text, words):
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_references(tmp_path / "x.csv")
 
 
 def test_treebank_tokens():
