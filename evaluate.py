@@ -9,7 +9,8 @@ Writes texts about the test split and scores them as the lecture's table does.
 
 The scores are those of the E2E challenge's own script: BLEU, NIST, METEOR, ROUGE-L and CIDEr. METEOR needs
 the pycocoevalcap package and Java, and is a dash without. SER, slot errors, is the share of the names, types,
-foods, areas and neighbours in the representations that the text does not contain.
+foods, areas and neighbours in the representations that the text does not contain. For other data the share of
+texts that equal their reference stands in its place.
 """
 
 import argparse
@@ -73,7 +74,9 @@ SCORE_COLUMNS = {
     "ROUGE-L": ("ROUGE-L", 100, 1),
     "CIDEr": ("CIDEr", 1, 2),
     "SER": ("SER", 100, 1),
+    "exact": ("exact, %", 100, 1),
 }
+OF_SOME_DATA = ("SER", "exact")          # scores that are left out where no row has them
 TRAINING_COLUMNS = {
     "loss_before": ("loss before", 1, 3),
     "val_loss": ("loss after", 1, 3),
@@ -266,6 +269,8 @@ def table(rows, columns, markdown=False):
     seeds = defaultdict(list)                                    # settings -> rows
     for row in rows:
         seeds[row["settings"]].append(row)
+    columns = {key: column for key, column in columns.items()
+               if key not in OF_SOME_DATA or any(row[key] is not None for row in rows)}
     titles = [title for title, _, _ in columns.values()]
     table_rows = [["run", "trained", *titles, "runs"]]
     for group in seeds.values():

@@ -233,13 +233,23 @@ def slot_errors(predictions, prompts):
     return sum(missed) / len(missed) if missed else None
 
 
+def exact_answers(predictions, references):
+    """Share of the texts that equal one of their references, but for white space."""
+    def words(text):
+        return " ".join(text.split())
+
+    right = [words(text) in map(words, texts) for text, texts in zip(predictions, references)]
+    return sum(right) / len(right) if right else None
+
+
 SCORES = {"BLEU": bleu, "NIST": nist, "METEOR": meteor, "ROUGE-L": rouge_l, "CIDEr": cider}
 
 
 def score(predictions, references, prompts=()):
-    """All scores by name; BLEU, METEOR, ROUGE-L and slot errors (SER) are in [0, 1].
+    """All scores by name; BLEU, METEOR, ROUGE-L, slot errors (SER) and exact answers are in [0, 1].
 
-    prompts: the representations, for the slot errors. ValueError where the numbers of texts differ, or
+    prompts: the representations, for the slot errors; of other texts, exact answers are counted instead,
+    since two descriptions of one place are hardly ever equal. ValueError where the numbers of texts differ, or
     references are missing.
     """
     if len(predictions) != len(references):
@@ -249,4 +259,5 @@ def score(predictions, references, prompts=()):
         if not texts:
             raise ValueError(f"the references of text {i} are missing; there is nothing to score against")
     scores = {name: function(predictions, references) for name, function in SCORES.items()}
-    return scores | {"SER": slot_errors(predictions, prompts)}
+    exact = None if prompts else exact_answers(predictions, references)
+    return scores | {"SER": slot_errors(predictions, prompts), "exact": exact}

@@ -23,7 +23,7 @@ def test_official_files(tmp_path, script, refused):
 
 def row(**changes):
     """A row of the table."""
-    return {"method": "lora", "trainable": 1234, "settings": "a", "BLEU": .5, "NIST": 5.0, "METEOR": None, "ROUGE-L": .5, "CIDEr": 1.0, "SER": .1} | changes
+    return {"method": "lora", "trainable": 1234, "settings": "a", "BLEU": .5, "NIST": 5.0, "METEOR": None, "ROUGE-L": .5, "CIDEr": 1.0, "SER": .1, "exact": None} | changes
 
 
 def test_table_gathers_seeds():
@@ -31,6 +31,8 @@ def test_table_gathers_seeds():
     lines = text.splitlines()
     assert len(lines) == 3 and "55.0 ± 7.1" in lines[1] and "1,234" in lines[1] and " - " in lines[1] and lines[1].endswith("2")
     assert len({len(line) for line in lines}) == 1
+    assert "SER" in text and "exact" not in text
+    assert "SER" not in table([row(SER=None, exact=.5)], SCORE_COLUMNS)
     assert table([row()], SCORE_COLUMNS, markdown=True).splitlines()[1].startswith("| --- |")
 
 
