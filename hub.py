@@ -69,6 +69,7 @@ from lib.model_folder import write_generation, write_model, write_tokenizer
 from lib.origin import read_origin
 from lib.peft_format import to_peft
 from lib.peft_import import from_peft, rows_of
+from lib.template import KEPT
 
 # -----------------------------------------------------------------------------
 # what a new run starts from
@@ -124,6 +125,9 @@ def adopted(config):
     for name in OF_THE_RUN if before else ():
         if name not in given and getattr(config, name) == FIELDS[name].default:
             taken[name] = getattr(before, name)
+    kept = Path(path, KEPT)
+    if before and kept.is_file() and config.template == "auto":  # What was learnt was learnt in this form.
+        taken["template"] = str(kept)
     config = dataclasses.replace(config, method=method, **options | taken)
     check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
     rows = rows_of(content["tensors"].get(peft.TABLE))

@@ -196,10 +196,11 @@ def load(wanted, folder, tokenizer):
     source = source_in(folder) if wanted == "base" else None
     if source is not None:
         return Chat(source, f"the chat template of {folder}", tokenizer)
-    missing = [token for token in CHATML_TOKENS if token not in tokenizer.special_tokens]
+    known = tokenizer.special_tokens | tokenizer.added_tokens
+    missing = [token for token in CHATML_TOKENS if token not in known]
     reason = f"{folder} brings no chat template, and " if wanted == "base" else ""
-    check(not missing, f"{reason}ChatML needs the special tokens {' and '.join(missing)}, which the tokenizer lacks; "
-                       "give a template of tokens that it has as --template FILE.jinja, or a base that was trained on conversations")
+    check(not missing, f"{reason}ChatML needs the tokens {' and '.join(missing)}, which the tokenizer lacks; "
+                       "give it these by --add_tokens FILE, or a template of tokens that it has by --template FILE.jinja")
     start = "{{ bos_token }}" if tokenizer.begin and tokenizer.names.get("bos_token") else ""
     return Chat(start + CHATML, "ChatML", tokenizer)
 
@@ -209,7 +210,8 @@ def load(wanted, folder, tokenizer):
 
 
 class Chat:
-    """A template with the tokenizer that it is for.
+    """A template with the tokenizer that it is for. Its tokens are the tokenizer's special ones, and of those
+    that were added later the ones that it writes.
 
     ends: the ids with which it ends an answer. ValueError where there is none, because a model could not
     learn to stop then.
@@ -220,7 +222,9 @@ class Chat:
         sandbox = environment()
         with limited(name):
             self.template = sandbox.from_string(source)
-        words = sorted(tokenizer.special_tokens, key=len, reverse=True)
+        self.added = {word: token for word, token in tokenizer.added_tokens.items() if word in source}
+        self.tokens = tokenizer.special_tokens | self.added
+        words = sorted(self.tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, words)) or "(?!)")
         self.ends = self.find_ends()
 
@@ -234,7 +238,7 @@ class Chat:
         found = self.special.search(after)
         check(found, f"{self.name} ends an answer without a special token, so that no model could learn to stop; "
                      "write {{ eos_token }} behind it")
-        return frozenset({self.tokenizer.special_tokens[found[0]].id})
+        return frozenset({self.tokens[found[0]].id})
 
     def render(self, messages, generation, mark):
         """The rendering of messages, in whose contents the words of special tokens are broken up with the
@@ -247,6 +251,14 @@ class Chat:
     def broken(self, text, mark):
         """The text with the mark between all characters of special tokens' words."""
         return self.special.sub(lambda found: mark.join(found[0]), text)
+
+    def unbroken(self, text, mark):
+        """The text without the mark, in a list. Where it holds the word of an added token, which the tokenizer
+        would find, the parts between the marks."""
+        whole = text.replace(mark, "")
+        if any(word in whole for word in self.added):
+            return text.split(mark)
+        return [whole]
 
     def text(self, messages):
         """What stands before an answer, for people to read."""
@@ -291,18 +303,20 @@ class Chat:
         if tokenizer.encode_special is not None and mark not in text and not goes_on:
             return tokenizer.encode_special(text)
         parts = re.split(f"({self.special.pattern})", text)      # text, token, text, token, .., text
-        tokens = [None, *(tokenizer.special_tokens[word] for word in parts[1::2]), None]
+        tokens = [None, *(self.tokens[word] for word in parts[1::2]), None]
         ids = []
         for i, part in enumerate(parts[::2]):
             before, behind = tokens[i], tokens[i + 1]
-            words = part.replace(mark, "")
+            texts = self.unbroken(part, mark)
             if before is not None and before.rstrip:
-                words = words.lstrip()
+                texts[0] = texts[0].lstrip()
             if behind is not None and behind.lstrip:
-                words = words.rstrip()
+                texts[-1] = texts[-1].rstrip()
             start = "inside" if goes_on else "first"
             place = "behind" if i else start
-            ids += tokenizer.encode_at(words, place)
+            ids += tokenizer.encode_at(texts[0], place)
+            for text in texts[1:]:
+                ids += tokenizer.encode_at(text, "inside")
             if behind is not None:
                 ids.append(behind.id)
         return ids

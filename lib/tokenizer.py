@@ -38,7 +38,8 @@ class Tokenizer:
     bos and eos are ids, or None where there is none. begin holds the ids that stand before a prompt,
     ends the ids beside eos with which a text may end: lib/run.py asks the base for them.
 
-    For chat templates (lib/template.py): special_tokens is {text: Added}, names {"bos_token": text, ..} as
+    For chat templates (lib/template.py): special_tokens is {text: Added}, added_tokens the same of tokens that are found
+    wherever they stand in a text, names {"bos_token": text, ..} as
     the files name them, encode_special gives the ids of a text in which the words of special tokens are
     those tokens (None where only lib/template.py can do that, with encode_at).
     """
@@ -49,7 +50,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.bos, self.eos, self.begin = special.bos, special.eos, special.begin
         self.ends = frozenset()
-        self.special_tokens, self.names = {}, named_tokens(files)
+        self.special_tokens, self.added_tokens, self.names = {}, {}, named_tokens(files)
         self.encode_special, self._variant = None, None
         contents = [name.encode() + b"\0" + files[name] for name in sorted(files)]
         self.fingerprint = sha256_of(b"".join(contents))
@@ -148,9 +149,9 @@ class Tokenizer:
         vocab_size = max(vocabulary.values()) + 1
         made = cls(encode, inner.decode, vocab_size, special, files)
         made.encode_special = encode_special
-        made.special_tokens = {
-            token.content: Added(i, token.lstrip, token.rstrip)
-            for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        for i, token in inner.get_added_tokens_decoder().items():
+            tokens = made.special_tokens if token.special else made.added_tokens
+            tokens[token.content] = Added(i, token.lstrip, token.rstrip)
         made._variant = functools.partial(encoder_behind, content)
         return made
 

@@ -254,6 +254,24 @@ def test_new_tokens_are_resumed_and_sampled(world, tmp_path, script):
         assert done.returncode == 0, done.stderr
 
 
+def test_conversations_over_new_tokens(world, tmp_path):
+    """A base that was never trained on conversations learns ChatML with two tokens of its own; the next run goes on in it."""
+    (tmp_path / "tokens").write_text("<|im_start|>\n<|im_end|>\n<a>\n")
+    said = [{"role": "user", "content": "say <|im_end|> cat <a>"}, {"role": "assistant", "content": "tac"}]
+    talks = [{"messages": [{"role": "user", "content": f"{said[0]['content']} {i}"}, said[1]]} for i in range(12)]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    known = data.Tokenizer.load(world / "gpt2").vocab_size
+    folder = trained(world, tmp_path / "a", method="lora", add_tokens=str(tmp_path / "tokens"), data=str(tmp_path / "talks.jsonl"))
+    _, tokenizer, config = run.load_run(folder, "cpu", "float32")
+    chat = run.chat_of(config, tokenizer, folder)
+    ids, n_prompt = chat.example(said[:1], "tac")
+    assert [i for i in ids if i >= known] == [known, known + 2, known + 1, known, known + 1] and ids[-2:] == [known + 1, *tokenizer.encode("\n")]
+    assert tokenizer.decode(ids[n_prompt:]) == "tac\n" and "say <|im_end|> cat <a>" in tokenizer.decode(ids[:n_prompt])
+    assert chat.ends == {known + 1} <= set(tokenizer.stops)
+    second, _ = started(world, tmp_path / "b", "--init_from", folder)        # on pairs of prompt and completion
+    assert second.chat.source == chat.source and second.config.template == str(folder / "chat_template.jinja")
+
+
 TOKENS_OF_TRANSFORMERS = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -322,7 +322,7 @@ def test_chatml_where_there_is_no_template_and_the_tokens_are_there(folders, tmp
     for wanted in ("base", "chatml"):
         assert template.load(wanted, tmp_path / "a", tokenizer).example(messages[:-1], "Bye") == expected
     other = Tokenizer.load(folders["gemma"])
-    with pytest.raises(ValueError, match=r"ChatML needs the special tokens <\|im_start\|> and <\|im_end\|>, which the tokenizer lacks; give"):
+    with pytest.raises(ValueError, match=r"ChatML needs the tokens <\|im_start\|> and <\|im_end\|>, which the tokenizer lacks; give it these by --add_tokens"):
         template.load("chatml", folders["gemma"], other)
     (tmp_path / "a" / "mine.jinja").write_text(GEMMA)
     assert template.load(str(tmp_path / "a" / "mine.jinja"), None, other).source == GEMMA
