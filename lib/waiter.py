@@ -16,7 +16,7 @@ COURSES = {      # what a dish is made of, and as what; any of these with any of
     "mains": ("lamb trout chicken aubergine beef rabbit chickpea salmon", "stew pie curry roast"),
     "desserts": ("apple lemon cherry almond pear chocolate plum ginger", "cake sorbet pudding crumble"),
 }
-SIZES = (300, 30, 60)                # conversations for train, val, test
+SIZES = (400, 30, 60)                # conversations for train, val, test
 
 GREETINGS = ("", "", "Hello! ", "Good evening. ", "Excuse me, ", "Hi there, ")
 PRICE = ("how much is the {}?", "what does the {} cost?", "what is the price of the {}?", "the {}, how much is it?")
@@ -33,12 +33,11 @@ def dishes(course):
 
 
 def draw_menu(draw):
-    """{course: {dish: price}}, two or three dishes a course; a price is a text such as "4.50"."""
+    """{course: {dish: price}}, two or three dishes a course; prices are whole pounds."""
     menu = {}
     for course, lowest in zip(COURSES, (3, 9, 4)):
-        chosen = draw.shuffled(dishes(course))[:draw((2, 3))]
-        prices = [f"{lowest + draw(range(6))}.{draw(('00', '20', '50', '80'))}" for _ in chosen]
-        menu[course] = dict(zip(chosen, prices))
+        chosen = draw.shuffled(dishes(course))[:draw((2, 2, 3))]
+        menu[course] = {dish: lowest + draw(range(8)) for dish in chosen}
     return menu
 
 
@@ -94,10 +93,10 @@ def priced(menu):
 
 
 def conversation(draw):
-    """The messages of one visit, with one to three questions."""
+    """The messages of one visit, with one question or two."""
     menu = draw_menu(draw)
     messages = [{"role": "system", "content": system_message(draw, menu)}]
-    for turn in range(draw((1, 2, 3))):
+    for turn in range(draw((1, 2))):
         question, answer = draw(KINDS)(draw, menu, is_first=turn == 0)
         greeting = draw(GREETINGS) if turn == 0 else ""
         said = question if greeting.endswith(", ") else capitalized(question)
