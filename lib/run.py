@@ -22,7 +22,8 @@ import peft
 import quant
 from lib import checkpoint, machine, template
 from lib.config import FIELDS, MAY_CHANGE, Config, method_options, read_run_config, renamed, write_toml
-from lib.files import check, located, read_file, save_file, write_atomic
+from lib.checks import typed
+from lib.files import check, located, read_file, read_json_lines, save_file, write_atomic
 from lib.kernels import simulating
 from lib.origin import read_origin
 from lib.tokenizer import end_ids
@@ -443,19 +444,18 @@ class Log:
     """
 
     def __init__(self, path, first_step):
-        lines = path.read_text().splitlines(keepends=True) if first_step and path.is_file() else []
-        write_atomic(path, ["".join(line for line in lines if self.is_before(line, first_step)).encode()])
+        entries = read_json_lines(path) if first_step and path.is_file() else []
+        kept = [entry for entry in entries if self.is_before(entry, first_step)]
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.path = path
 
-    @staticmethod
-    def is_before(line, first_step):
+    def is_before(self, entry, first_step):
         """
-        Whether a line tells of what was done before that step; step i - 1 and the evaluation after it come
+        Whether an entry tells of what was done before that step; step i - 1 and the evaluation after it come
         before step i.
         """
-        entry = json.loads(line)
         is_step = "lr" in entry
-        return entry["step"] + is_step <= first_step
+        return typed("step", entry.get("step"), int, "log.jsonl: ") + is_step <= first_step
 
     def write(self, **entry):
         """Adds a line."""

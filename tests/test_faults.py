@@ -90,7 +90,7 @@ RESUME = ["train.py", "--resume", "run", "--max_iters", 6]
 def test_01_checkpoint_missing(refuse, here):
     for name in ("state.pt", "state.before.pt"):
         (here / "run" / name).unlink()
-    assert "state.pt: No such file" in refuse(*RESUME)
+    assert "run: has no state.pt to go on from" in refuse(*RESUME)
 
 
 def test_02_checkpoint_truncated(refuse, here, script):
@@ -385,7 +385,7 @@ def test_38_a_second_interrupt_ends_at_once():
     process.communicate()
 
 
-@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be a number above 0"),
+@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be at least 1e-30"),
                                           ("--rank 0", "rank is 0; it must be at least 1"), ("--method nothing", "unknown method 'nothing'")])
 def test_39_nothing_to_train(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())
