@@ -59,7 +59,8 @@ ROPE = {                         # of rotary positions, as lib.rope.Rope names i
 
 def shown(value, length=80):
     """A value for a message: its beginning, if it is long."""
-    if isinstance(value, int) and value.bit_length() > 200:      # Python refuses to write out a very long one.
+    if isinstance(value, int) and value.bit_length() > 200:
+        # Python refuses to write out a very long one.
         return f"a number of {int(value.bit_length() * math.log10(2))} digits"
     text = repr(value)
     return text if len(text) <= length else f"{text[:length]}.."
@@ -72,7 +73,7 @@ def bounded(name, value, where="", table=BOUNDS):
     if or_zero:
         rule = f"0, or {rule}"
     inside = least <= value <= most or or_zero and value == 0
-    check(inside, f"{where}{name} is {shown(value)}; it must be {rule}")                                  # fault 39
+    check(inside, f"{where}{name} is {shown(value)}; it must be {rule}")      # fault 39
     return value
 
 
@@ -158,7 +159,7 @@ def regular(path):
     """The path of a file that has an end; ValueError where there is none, or a device, a pipe, a socket or a folder."""
     try:
         mode = os.stat(path).st_mode
-    except OSError as error:                                                                              # fault 1
+    except OSError as error:      # fault 1
         raise ValueError(f"{path}: {error.strerror}") from None
     found = next((words for is_one, words in STRANGE.items() if is_one(mode)), None)
     check(not found, f"{path}: {found}, where a file is needed")
