@@ -535,12 +535,15 @@ def add_prompt(
     if prompt_ids is None:
         deviation = table.float().std()
         P = torch.randn(prompt_length, table.size(1), device=table.device) * deviation
+        start = "at random"
     else:
-        ids = [prompt_ids[i % len(prompt_ids)] for i in range(prompt_length)]
+        n = len(prompt_ids)
+        ids = [prompt_ids[i % n] for i in range(prompt_length)]
         P = table.detach()[ids].float()
+        start = f"from the first {prompt_length} of {n} tokens" if n > prompt_length else f"from {n} tokens, repeated"     # fault 47
     prompt.P = nn.Parameter(P)
     model.reserved += prompt_length
-    return f"prompt: {prompt_length} vectors before the input"
+    return f"prompt: {prompt_length} vectors before the input, {start}"
 
 
 # -----------------------------------------------------------------------------
@@ -960,13 +963,23 @@ def pack_adapter(model):
 
 def packed(method, options, tensors, base):
     """What an adapter's file holds, of methods, their options and trained tensors over a base of that fingerprint."""
-    if options.get("prefix_mlp"):
-        tensors = fold_prefix(tensors)
-        options = options | {"prefix_mlp": 0}
+    tensors = kept_tensors(tensors, options)
+    options = options | {"prefix_mlp": 0} if "prefix_mlp" in options else options
     tensors = {name: t.cpu() for name, t in tensors.items()}
     count = sum(t.numel() for t in tensors.values())
     return {"format": FORMAT, "kind": "adapter", "method": method, "options": options, "base": base, "parameters": count,
             "tensors": tensors}
+
+
+def kept_tensors(tensors, options):
+    """Those that an adapter's file holds of the trained tensors, or what stands in it for them."""
+    return fold_prefix(tensors) if options.get("prefix_mlp") else tensors
+
+
+def count_kept(model):
+    """How many parameters the adapter's file holds: fewer than are trained with a prefix's reparametrization."""
+    tensors = kept_tensors(adapter_state_dict(model), options_attached(model))
+    return sum(t.numel() for t in tensors.values())
 
 
 def fold_prefix(tensors):

@@ -118,8 +118,9 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 MAY_CHANGE = (   # on resuming
-    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters", "sample_count", "device",
-    "fsdp", "base", "data")      # the last two as paths; what lies there must be the same
+    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters",
+    "sample_count", "checkpointing", "offload", "device", "fsdp",
+    "base", "data")              # as paths; what lies there must be the same
 
 # -----------------------------------------------------------------------------
 # options of methods, read from the source of peft.py
@@ -186,7 +187,8 @@ def check_options(values, method, where, knobs=()):
     owners |= {name: HEEDED[name] for name in knobs}
     for name in values.keys() & owners.keys():
         heeded = set(owners[name]) & set(method.split("+"))
-        check(heeded, f"{where}: {name} is an option of {', '.join(owners[name])}; the method is {method}")
+        known = ", ".join(owners[name])
+        check(heeded, f"{where}: {name} is an option of {known}; the method is {method}")      # fault 46
 
 
 def check_given(flags, config):
@@ -298,8 +300,8 @@ def command_line(args):
         values.pop("eval_sequences", None)
     config = Config(**renamed(values | flags))
     config.given = frozenset(values | flags)
-    if config.base == "new" and Path("new").exists():            # The word alone asks for a model from nothing.
-        config.base = "./new"
+    if Path("new", "config.json").is_file():
+        config.base = as_folder(config.base)
     if config.init_from:                                         # The adapter says which method it is of.
         return config
     check_options(values, config.method, "the file")
@@ -307,9 +309,26 @@ def command_line(args):
     return config
 
 
+def as_folder(path):
+    """A folder's path, which cannot be taken for the word "new" that asks for a model from nothing."""
+    return "./new" if str(path) == "new" else str(path)
+
+
 def can_resume(folder):
     """Whether a run's folder holds a state to go on from."""
     return any(Path(folder, name).is_file() for name in ("state.pt", "state.before.pt"))
+
+
+def way_on(folder):
+    """How one goes on with what a run's folder holds, for a message."""
+    if can_resume(folder):                                                                  # fault 42
+        steps = read_run_config(folder).max_iters
+        return f"--resume {folder} goes on with it up to its {steps} steps, --max_iters N further"
+    if Path(folder, "config.json").is_file():
+        return f"--base {folder} starts a new run from its model"
+    if Path(folder, "adapter.pt").is_file():
+        return f"--init_from {folder} starts a new run from its adapter"
+    return "there is nothing in it to go on with"
 
 
 def resumed(values):
@@ -318,7 +337,7 @@ def resumed(values):
     check("init_from" not in values, f"--init_from starts a new run and --resume goes on with {folder}; give one of them")
     check(Path(folder, "config.toml").is_file(), f"{folder}: no run to resume there (it has no config.toml)")
     kept = read_run_config(folder)
-    check(can_resume(folder), f"{folder}: has no state.pt to go on from; --init_from {folder} starts a new run with its adapter")
+    check(can_resume(folder), f"{folder}: has no state.pt to resume from; {way_on(folder)}")
     check_options(values, kept.method, "command line", HEEDED)
     before = dataclasses.asdict(kept)
     values = renamed({"batch_size": before["batch_size"]} | values)

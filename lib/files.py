@@ -110,8 +110,11 @@ def read_json(path):
 
 
 def read_json_lines(path):
-    """The objects in a file of JSON, one a line; ValueError names the line that is something else."""
-    lines = read_bytes(path).splitlines()
+    """
+    The objects in a file of JSON, one a line; ValueError names the line that is something else. What follows the last line's
+    end is left out, because whoever was writing it has been stopped.
+    """
+    lines = read_bytes(path).split(b"\n")[:-1]
     return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 

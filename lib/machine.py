@@ -159,7 +159,7 @@ def processes(device):
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"another process has ended or does not answer ({reason}); torchrun's report names its rank; "
-                         "the last saved state is intact, --resume goes on from it") from None
+                         "what was saved is whole, and --resume goes on from it where the run has begun") from None
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -216,4 +216,4 @@ def test_dry_run_writes_nothing(script, real_data, tmp_path):
 def test_a_folder_that_holds_a_run_is_never_written_over(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
-    assert "run: holds a run already; --resume run goes on with it" in refused("train.py", "--out_dir", "run", cwd=tmp_path)
+    assert "run: holds a run already; --resume run goes on with it up to its" in refused("train.py", "--out_dir", "run", cwd=tmp_path)
