@@ -17,7 +17,8 @@ import argparse
 import sys
 
 from lib.checks import Parser, check
-from lib.config import FIELDS, METHOD_OPTIONS, Config, as_folder, convert, read_run_config, run_main, write_toml
+from lib.config import (FIELDS, METHOD_OPTIONS, Config, as_folder, convert, read_run_config, run_main,
+                        write_toml)
 
 LAYOUTS = ("peft", "adapterhub", "gguf")
 
@@ -223,7 +224,8 @@ def import_adapter(path, base, out):
     method, options, tensors = read_layout(path, base, model)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
-    write_run(Config(method=method, base=as_folder(base), out_dir=str(out), **options), peft.pack_adapter(model))
+    config = Config(method=method, base=as_folder(base), out_dir=str(out), **options)
+    write_run(config, peft.pack_adapter(model))
     return model
 
 

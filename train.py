@@ -43,9 +43,9 @@ from lib.machine import say
 from lib.report import size
 from lib.run import (
     Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer,
-    numbers_are_finite, offload, only_writer, remember, resolved, restore, run_folder, samples, save_state, set_up,
-    split_loss, step, storage_by_type, storage_of, telling_what_needs_less,
-    told_of_interruption, told_of_resuming, wait_for_writers, write_beginning)
+    numbers_are_finite, offload, only_writer, remember, resolved, restore, run_folder, samples, save_state,
+    set_up, split_loss, step, storage_by_type, storage_of, telling_what_needs_less, told_of_interruption,
+    told_of_resuming, wait_for_writers, write_beginning)
 from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------
