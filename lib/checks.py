@@ -14,13 +14,36 @@ import argparse
 import json
 import math
 import os
+import signal
 import stat
+from contextlib import contextmanager
 
 
 def check(condition, message):
     """ValueError(message) unless condition."""
     if not condition:
         raise ValueError(message)
+
+
+class TooLong(BaseException):
+    """Raised by the signal. No Exception, so that no `except Exception` on the way can keep it."""
+
+
+@contextmanager
+def timed(what, seconds=2):
+    """ValueError where what is done inside, by a template or a regular expression, takes longer than that."""
+    def ring(number, frame):
+        raise TooLong
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    except TooLong:
+        raise ValueError(f"{what} ran for more than {seconds} seconds") from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # -----------------------------------------------------------------------------
@@ -32,7 +55,7 @@ SEED = 2**32 - 1
 SHARE = math.nextafter(1, 0)     # the largest number below 1
 BOUNDS = {                       # name: the least value and the largest one; "or 0": 0 is allowed beside them
     # a run
-    "batch_size": (1, WIDE), "gradient_accumulation_steps": (1, 2**16), "max_iters": (0, LONG), "epochs": (0, 10**6),
+    "batch_size": (1, 2**16), "gradient_accumulation_steps": (1, 2**16), "max_iters": (0, LONG), "epochs": (0, 10**6),
     "patience": (0, LONG), "warmup_iters": (0, LONG), "eval_interval": (1, LONG), "eval_sequences": (0, LONG),
     "save_interval": (0, LONG), "log_interval": (1, LONG), "sample_count": (0, 10**6), "block_size": (0, 2**30),
     "quant_block": (16, WIDE, "or 0"), "learning_rate": (1e-30, 1000), "min_lr": (0, 1000),
@@ -40,8 +63,8 @@ BOUNDS = {                       # name: the least value and the largest one; "o
     "weight_decay": (0, 1000), "beta1": (0, SHARE), "beta2": (0, SHARE), "label_smoothing": (0, SHARE),
     "grad_clip": (0, LONG), "seed": (0, SEED),
     # methods
-    "rank": (1, 2**16), "alpha": (1e-9, 10**9), "dropout": (0, SHARE), "adapter_size": (1, WIDE),
-    "prefix_length": (1, WIDE), "prefix_mlp": (0, WIDE), "prompt_length": (1, WIDE),
+    "rank": (1, 2**16), "alpha": (1e-9, 10**9), "dropout": (0, SHARE), "adapter_size": (1, 2**16),
+    "prefix_length": (1, 2**16), "prefix_mlp": (0, 2**16), "prompt_length": (1, 2**16),
     # generation and scores
     "temperature": (0.001, 1000, "or 0"), "top_k": (1, 2**30), "top_p": (1e-6, 1), "max_new_tokens": (1, LONG),
     "beams": (1, 256), "length_penalty": (-5, 5), "no_repeat_ngram": (0, LONG), "limit": (0, LONG),

@@ -25,7 +25,7 @@ import quant
 from lib import checkpoint, machine, template
 from lib.config import (FIELDS, MAY_CHANGE, Config, as_folder, method_options, out_of_memory,
                         read_run_config, renamed, way_on, write_toml)
-from lib.checks import typed
+from lib.checks import regular, typed
 from lib.files import check, located, read_file, read_json_lines, save_file, some, write_atomic
 from lib.kernels import simulating
 from lib.origin import read_origin
@@ -471,7 +471,8 @@ def what_needs_less(config, folder):
 def only_writer(folder):
     """One process a folder: an advisory lock that ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    lock = folder / ".lock"
+    with open(regular(lock) if lock.exists() else lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                                    # fault 21
         except BlockingIOError:
