@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,8 @@ class Forks:
             print(json.dumps({"argv": [str(arg) for arg in argv], "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err), "limit": limit}), file=self.server.stdin)
             pid = int(self.server.stdout.readline())
             if not select.select([self.server.stdout], [], [], timeout)[0]:
-                os.kill(pid, signal.SIGKILL)
+                with suppress(ProcessLookupError):               # It may have ended just now.
+                    os.kill(pid, signal.SIGKILL)
             code, cpu, peak = map(float, self.server.stdout.readline().split())
             code = int(code)
             done = subprocess.CompletedProcess(argv, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
