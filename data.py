@@ -31,9 +31,9 @@ import numpy as np
 import torch
 
 from lib import waiter, world
+from lib.checks import Parser, check
 from lib.config import run_main
 from lib.download import E2E_FILES, download
-from lib.files import check
 from lib.records import CONVERSATIONS, MR, READERS, Example, Listed, in_groups, read, shortened, turns
 from lib.tokenizer import Tokenizer
 
@@ -586,8 +586,7 @@ def show():
 
 def main(args):
     """The command line: shows the embedded data, or fetches E2E."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.strip(), formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command")
     command = commands.add_parser("download", help="fetch, check and unpack a data set")
     command.add_argument("dataset", choices=["e2e"])

@@ -25,13 +25,13 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from lib.checks import Parser, check, checked
 from lib.config import read_run_config, run_main
 
 
 def parse(args):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="folders: runs of train.py, or models in Hugging Face layout")
     parser.add_argument("--data", default="", help="whose test split; default: the run's own")
     parser.add_argument("--limit", type=int, default=0, help="only the first N representations")
@@ -50,17 +50,23 @@ def parse(args):
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--predictions", help="a file of texts, one a line, or a .csv or .tsv with mr and output")
     parser.add_argument("--references", help="references: groups separated by an empty line, one a line, or a .csv or .tsv with mr and ref")
-    return parser.parse_args(args)
+    parsed = parser.parse_args(args)
+    searches = parsed.beams > 1 or parsed.no_repeat_ngram or parsed.length_penalty == 1
+    check(searches, "--length_penalty is of beam search; --beams says how wide it is")
+    places = [Path(folder).resolve() for folder in parsed.runs]
+    twice = [folder for folder, place in zip(parsed.runs, places) if places.count(place) > 1]
+    check(not twice, f"{', '.join(twice)}: one run, named more than once")
+    return parsed
 
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
-    ARGS = parse(sys.argv[1:])
+    ARGS = run_main(parse, sys.argv[1:])
 
 import data
 import peft
 from lib import report
 from lib.beam import beam_search
-from lib.files import check, read_bytes, write_atomic
+from lib.files import read_bytes, read_json, write_atomic
 from lib.run import chat_of, load_run, sample_text
 from lib.scores import score
 
@@ -171,12 +177,15 @@ def evaluate_run(folder, args):
 
 def training_row(folder):
     """The row of a run that has ended, from its metrics.json."""
-    try:
-        metrics = json.loads(Path(folder, "metrics.json").read_text())
-        config = read_run_config(folder)
-        row = {name: metrics[name] for name in ("method", "trainable", *TRAINING_COLUMNS)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: no finished run there ({error})") from None
+    path = Path(folder, "metrics.json")
+    check(path.is_file(), f"{folder}: no finished run there, it has no metrics.json")
+    metrics = read_json(path)
+    config = read_run_config(folder)
+    row = {}
+    for name in ("method", "trainable", *TRAINING_COLUMNS):
+        kind = {"method": str, "trainable": int}.get(name, float)
+        value = metrics.get(name)
+        row[name] = value if value is None and kind is float else checked(name, value, kind, f"{path}: ")
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
 
 

@@ -16,16 +16,16 @@ Nothing that is there already is written over.
 import argparse
 import sys
 
-from lib.config import FIELDS, METHOD_OPTIONS, Config, convert, read_run_config, run_main, write_toml
-
+from lib.checks import Parser, check
+from lib.config import (FIELDS, METHOD_OPTIONS, Config, as_folder, convert, read_run_config, run_main,
+                        write_toml)
 
 LAYOUTS = ("peft", "adapterhub", "gguf")
 
 
 def parse(args):
     """The command line: a command and its folders."""
-    as_written = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show, export, import_, add, merge = map(commands.add_parser, ("show", "export", "import", "add", "merge"))
     add.add_argument("runs", nargs="+", help="runs with LoRA alone; the first one's configuration is kept")
@@ -48,7 +48,7 @@ def parse(args):
 
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
-    ARGS = parse(sys.argv[1:])
+    ARGS = run_main(parse, sys.argv[1:])
 
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ import peft
 from lib import run as runs
 from lib.adapterhub import from_adapterhub, write_adapterhub
 from lib.checkpoint import load_base
-from lib.files import (check, found_in, read_json, save_file, stored_type, write_atomic, write_json,
+from lib.files import (found_in, read_json, save_file, stored_type, write_atomic, write_json,
                        write_safetensors)
 from lib.gguf_format import write_gguf
 from lib.model_folder import write_generation, write_model, write_tokenizer
@@ -228,7 +228,8 @@ def import_adapter(path, base, out):
     method, options, tensors = read_layout(path, base, model)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
-    write_run(Config(method=method, base=str(base), out_dir=str(out), **options), peft.pack_adapter(model))
+    config = Config(method=method, base=as_folder(base), out_dir=str(out), **options)
+    write_run(config, peft.pack_adapter(model))
     return model
 
 

@@ -29,7 +29,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lib import presets
-from lib.config import METHOD_OPTIONS, Config, run_main
+from lib.checks import Parser, bounded, check, shown
+from lib.config import METHOD_OPTIONS, Config, check_options, run_main
 from lib.report import size, table
 
 # -----------------------------------------------------------------------------
@@ -38,8 +39,7 @@ from lib.report import size, table
 
 def parse(args):
     """The command line, with --fit as bytes."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ", ".join(presets.PRESETS)
     parser.add_argument("--model", default="gpt2", help=f"a folder with config.json, or one of {models}")
     parser.add_argument("--method", default="full,lora,qlora", help="several are joined by commas")
@@ -58,8 +58,11 @@ def parse(args):
         parser.add_argument(f"--{name}", action="store_true")
     for option in METHOD_OPTIONS.values():
         kind = {"action": "store_true"} if option.default is False else {"type": type(option.default)}
-        parser.add_argument(f"--{option.name}", default=option.default, help=option.help, **kind)
+        parser.add_argument(f"--{option.name}", default=argparse.SUPPRESS, help=option.help, **kind)
     parsed = parser.parse_args(args)
+    check_options(vars(parsed), parsed.method.replace(",", "+"), "command line")
+    for option in METHOD_OPTIONS.values():
+        setattr(parsed, option.name, getattr(parsed, option.name, option.default))
     parsed.fit = parse_size(parsed.fit) if parsed.fit else None
     return parsed
 
@@ -72,8 +75,7 @@ def parse_size(text):
     """Bytes of a text such as "16GB", "16 GiB" or "2e9". ValueError where it is no size."""
     match = re.fullmatch(r"\s*(\d*\.?\d+(?:e\d+)?)\s*([kmgt]i?|)b?\s*", text.lower())
     n = float(match[1]) * UNITS[match[2]] if match else 0
-    if not 0 < n < 1e18:
-        raise ValueError(f"{text!r} is not a size; 16GB or 24GiB is")
+    check(1 <= n <= 10**18, f"{shown(text)} is not a size; 16GB or 24GiB is")
     return int(n)
 
 
@@ -88,7 +90,6 @@ from torch.utils._pytree import tree_leaves
 import peft
 import quant
 from lib import kernels, origin, run
-from lib.files import check
 from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
@@ -339,7 +340,7 @@ def longest_sequence(config, method, options):
 def check_shape(config, method, batch, seq, options):
     """ValueError unless a batch of that shape can go through the model."""
     for name, value in (("batch", batch), ("seq", seq)):
-        check(value >= 1, f"{name} is {value}; it must be at least 1")
+        bounded(name, value)
     longest = longest_sequence(config, method, options)
     check(seq <= longest, f"seq is {seq}; the model's context leaves {longest}")
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lib import presets
+from lib.checks import SHAPE, bounded
 from lib.generation import Cache, pad_left, sample
 from lib.kernels import (CausalAttention, RMSNorm, accurate, causal_mask, cross_entropy, device_type,
                          simulating)
@@ -90,10 +91,10 @@ class GPTConfig:
     logit_scale: float = 1.0
 
     def __post_init__(self):
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd", "kv_heads", "d_ffn", "d_head"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for name in SHAPE:
+            bounded(name, getattr(self, name), table=SHAPE)
+        if self.d_head < 1:
+            raise ValueError(f"n_embd is {self.n_embd}, less than n_head, {self.n_head}")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:

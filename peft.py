@@ -28,7 +28,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import quant
-from lib.files import check, combine_hashes, read_file, sample_hash, save_file, some
+from lib.checks import checked
+from lib.files import (check, combine_hashes, holds_tensors_by_name, read_file, sample_hash, save_file,
+                       some)
 
 # -----------------------------------------------------------------------------
 # what a model carries
@@ -58,7 +60,11 @@ def kind_of(method):
 
 
 def note_method(model, method, **options):
-    """Notes in model.attached that the method is attached with these options; the first method freezes the base."""
+    """
+    Notes in model.attached that the method is attached with these options, whose types and bounds are checked; the first
+    method freezes the base.
+    """
+    options = checked_options(options)
     check(not is_merged(model), f"{method}: the model is merged; unmerge it first")
     check(kind_of(method) not in map(kind_of, methods(model)), f"{method} is attached already; detach it first")
     if model.attached is None:
@@ -141,8 +147,6 @@ def add_lora(
 
 def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
     """Puts a Wrapper, LoRA or one of its kin, around the layers that targets names; returns a line about it."""
-    check_low_rank(rank, dropout)
-    check(alpha > 0 and math.isfinite(alpha), f"alpha is {alpha}; it must be a positive number")
     places = target_places(model, targets)
     options = {"rank": rank, "alpha": alpha, "dropout": dropout, "targets": targets, "rslora": rslora}
     note_method(model, Wrapper.method, **options)
@@ -152,12 +156,6 @@ def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
         put(model, parent, name, wrapper)
     n_linear = len(list(linears(model)))
     return f"{Wrapper.method}: r {rank}, s {s:g}, wrapped {len(places)} of {n_linear} linear layers"
-
-
-def check_low_rank(rank, dropout):
-    """ValueError unless LoRA or one of its kin can have these."""
-    check(rank >= 1, f"rank is {rank}; it must be at least 1")
-    check(0 <= dropout < 1, f"dropout is {dropout}; it must lie in [0, 1)")
 
 
 def target_places(model, targets):
@@ -275,7 +273,6 @@ def shared_projections(rank, shapes):
 def add_vera(model, rank=8, dropout=0.0, targets="all"):
     """VeRA (Kopiczko et al. 2024), whose ranks are higher than LoRA's: 256 to 1024 there. b is zero at first. A and B are drawn
     from a seed of their own, as the peft library draws them, so that an adapter's file need not hold them."""
-    check_low_rank(rank, dropout)
     places = target_places(model, targets)
     note_method(model, "vera", rank=rank, dropout=dropout, targets=targets)
     layers = [getattr(parent, name) for parent, name in places]
@@ -383,7 +380,6 @@ def add_adapter(
     """Bottleneck adapters. houlsby (Houlsby et al. 2019): after the attention and after the FFN; pfeiffer (2021): after the
     FFN's sum; lin (Lin et al. 2020): the same, with a LayerNorm of its own."""
     activations = ", ".join(Adapter.ACTIVATIONS)
-    check(adapter_size >= 1, f"adapter_size is {adapter_size}; it must be at least 1")
     check(adapter_style in ("houlsby", "pfeiffer", "lin"), f"adapter_style is {adapter_style!r}; it must be houlsby, pfeiffer or lin")
     check(adapter_activation in Adapter.ACTIVATIONS, f"adapter_activation is {adapter_activation!r}; it must be one of {activations}")
     note_method(model, "adapter", adapter_style=adapter_style, adapter_size=adapter_size, adapter_activation=adapter_activation)
@@ -539,12 +535,15 @@ def add_prompt(
     if prompt_ids is None:
         deviation = table.float().std()
         P = torch.randn(prompt_length, table.size(1), device=table.device) * deviation
+        start = "at random"
     else:
-        ids = [prompt_ids[i % len(prompt_ids)] for i in range(prompt_length)]
+        n = len(prompt_ids)
+        ids = [prompt_ids[i % n] for i in range(prompt_length)]
         P = table.detach()[ids].float()
+        start = f"from the first {prompt_length} of {n} tokens" if n > prompt_length else f"from {n} tokens, repeated"     # fault 47
     prompt.P = nn.Parameter(P)
     model.reserved += prompt_length
-    return f"prompt: {prompt_length} vectors before the input"
+    return f"prompt: {prompt_length} vectors before the input, {start}"
 
 
 # -----------------------------------------------------------------------------
@@ -673,10 +672,19 @@ def method_names(method):
     return [name for name in METHODS if name in names]
 
 
+def checked_options(options, where=""):
+    """The options, each of its default's type and within its bounds; ValueError, in front of which `where` stands, else."""
+    found = {}
+    for name, value in options.items():
+        check_known("option", name, DEFAULTS)
+        kind = type(DEFAULTS[name])
+        found[name] = value if DEFAULTS[name] is None else checked(name, value, kind, where)
+    return found
+
+
 def apply(model, method, **options):
     """Attaches the methods, joined by +, in place; returns a line about each. Each takes its own of the options (DEFAULTS)."""
-    for name in options:
-        check_known("option", name, DEFAULTS)
+    options = checked_options(options)
     names, report = method_names(method), []
     check(not methods(model), f"the model carries {'+'.join(methods(model))} already; detach it first")
     try:
@@ -929,10 +937,16 @@ def check_tensors(tensors, own, where):
     check(not extra, f"{where}: {len(extra)} tensors too many: {some(extra)}")
     for name, t in tensors.items():
         shape = own[name].shape
-        kind = getattr(t, "dtype", type(t).__name__)
-        check(kind == torch.float32, f"{where}: {name} is {kind}; it must be torch.float32")  # fault 11
-        check(t.shape == shape, f"{where}: {name} has shape {tuple(t.shape)}; here it is {tuple(shape)}")  # fault 10
-        check(bool(t.isfinite().all()), f"{where}: {name} holds NaN or infinity")  # fault 12
+        found = tuple(getattr(t, "shape", ()))
+        check(found == shape, f"{where}: {name} has shape {found}; here it is {tuple(shape)}")  # fault 10
+        check_values(name, t, where)
+
+
+def check_values(name, t, where):
+    """ValueError unless t is a tensor of float32, finite."""
+    kind = getattr(t, "dtype", type(t).__name__)
+    check(kind == torch.float32, f"{where}: {name} is {kind}; it must be torch.float32")  # fault 11
+    check(bool(t.isfinite().all()), f"{where}: {name} holds NaN or infinity")  # fault 12
 
 
 def options_attached(model):
@@ -949,13 +963,23 @@ def pack_adapter(model):
 
 def packed(method, options, tensors, base):
     """What an adapter's file holds, of methods, their options and trained tensors over a base of that fingerprint."""
-    if options.get("prefix_mlp"):
-        tensors = fold_prefix(tensors)
-        options = options | {"prefix_mlp": 0}
+    tensors = kept_tensors(tensors, options)
+    options = options | {"prefix_mlp": 0} if "prefix_mlp" in options else options
     tensors = {name: t.cpu() for name, t in tensors.items()}
     count = sum(t.numel() for t in tensors.values())
     return {"format": FORMAT, "kind": "adapter", "method": method, "options": options, "base": base, "parameters": count,
             "tensors": tensors}
+
+
+def kept_tensors(tensors, options):
+    """Those that an adapter's file holds of the trained tensors, or what stands in it for them."""
+    return fold_prefix(tensors) if options.get("prefix_mlp") else tensors
+
+
+def count_kept(model):
+    """How many parameters the adapter's file holds: fewer than are trained with a prefix's reparametrization."""
+    tensors = kept_tensors(adapter_state_dict(model), options_attached(model))
+    return sum(t.numel() for t in tensors.values())
 
 
 def fold_prefix(tensors):
@@ -991,8 +1015,26 @@ def read_adapter(path):
     for key, kind in types.items():
         check(isinstance(content.get(key), kind), f"{path}: {key} is missing or not a {kind.__name__}")
     check(content["tensors"], f"{path}: an empty adapter, no tensors in it")
-    count = sum(t.numel() for t in content["tensors"].values() if isinstance(t, torch.Tensor))
+    method_names(content["method"])
+    options = checked_options(content["options"], f"{path}: ")
+    tensors = content["tensors"]
+    check(holds_tensors_by_name(tensors), f"{path}: holds something else than tensors by name")
+    count = sum(t.numel() for t in tensors.values())
     check(count == content["parameters"], f"{path}: {count} parameters, but it says {content['parameters']}")
+    return content | {"options": options}
+
+
+def read_alone(path):
+    """The same of an adapter that is looked at without its base: its values are checked, and that each A has its B."""
+    content = read_adapter(path)
+    tensors = content["tensors"]
+    for name, t in tensors.items():
+        check_values(name, t, path)
+        layer, _, half = name.rpartition(".")
+        if half in ("A", "B"):
+            A, B = (tensors.get(f"{layer}.{half}", torch.zeros(())) for half in "AB")
+            fits = A.dim() == B.dim() == 2 and len(A) == B.size(1) and A.numel() and B.numel()
+            check(fits, f"{path}: A and B of {layer} have the shapes {tuple(A.shape)} and {tuple(B.shape)}; (r, in) and (out, r) belong together")
     return content
 
 

@@ -8,27 +8,27 @@ Pictures of what runs leave on disk; needs matplotlib.
 """
 
 import argparse
-import json
 import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
 
+from lib.checks import Parser, check, parse_json, shown, typed
 from lib.config import run_main
 
 
 def parse(args):
     """The command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("loss", "spectra", "memory", "codebooks"))
     parser.add_argument("files", nargs="*")
     parser.add_argument("-o", "--output", default="plot.png")
     parsed = parser.parse_args(args)
-    if Path(parsed.output).suffix not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{parsed.output}: a picture is .png, .svg or .pdf")
-    if not parsed.files and parsed.kind != "codebooks":
-        raise ValueError(f"nothing to draw: python plot.py {parsed.kind} FILE_OR_FOLDER -o {parsed.output}")
+    output = Path(parsed.output)
+    check(output.suffix in (".png", ".svg", ".pdf"), f"{output}: a picture is .png, .svg or .pdf")
+    check(output.is_file() or not output.exists(), f"{output}: something else than a file is there")
+    known = parsed.files or parsed.kind == "codebooks"
+    check(known, f"nothing to draw: python plot.py {parsed.kind} FILE_OR_FOLDER -o {output}")
     return parsed
 
 
@@ -38,8 +38,9 @@ if __name__ == "__main__":      # --help and mistakes answer here, before torch 
 import numpy as np
 import torch
 
+import peft
 import quant
-from lib.files import check, read_file, read_tensors
+from lib.files import read_bytes, read_json_lines, read_tensors
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e",
           "#9498a0")        # told apart in print
@@ -66,19 +67,18 @@ def figure(rows=1, columns=1, width=7.0, height=4.2, **kwargs):
 def read_log(folder):
     """([steps, losses], [steps, validation losses]) of a run's log.jsonl."""
     path = Path(folder, "log.jsonl")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return curve(lines, "loss"), curve(lines, "val_loss")
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is {folder} the folder of a run?") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a log of train.py ({error})") from None
+    check(path.is_file(), f"{path}: no such file; is {folder} the folder of a run?")
+    lines = read_json_lines(path)
+    check(lines, f"{path}: empty")
+    return curve(lines, "loss", path), curve(lines, "val_loss", path)
 
 
-def curve(lines, key):
+def curve(lines, key, path):
     """[steps, values] of the lines of a log that have the key."""
+    where = f"{path}: not a log of train.py, "
     found = [line for line in lines if key in line]
-    return [line["step"] for line in found], [line[key] for line in found]
+    steps = [typed("step", line.get("step"), int, where) for line in found]
+    return steps, [typed(key, line[key], float, where) for line in found]
 
 
 def loss(folders):
@@ -105,7 +105,7 @@ def spectra(folders):
     fig, axes = figure(1, len(folders), width, squeeze=False, sharey=True)
     for ax, folder in zip(axes[0], folders):
         path = Path(folder, "adapter.pt") if Path(folder).is_dir() else Path(folder)
-        tensors = read_file(path)["tensors"]
+        tensors = peft.read_alone(path)["tensors"]
         layers = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
         check(layers, f"{path}: no LoRA in it, so no spectrum to draw")
         kinds = sorted({layer.split(".")[-1] for layer in layers})
@@ -147,12 +147,14 @@ def read_reports(files):
     """The reports of memory.simulate in files that memory.py --json has printed."""
     reports = []
     for path in files:
-        try:
-            reports += json.loads(Path(path).read_text())
-            for report in reports:
-                check({"method", "parts"} <= report.keys(), "a report lacks method or parts")
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not what memory.py --json prints ({error})") from None
+        where = f"{path}: not what memory.py --json prints, "
+        for report in parse_json(read_bytes(path), path, list):
+            report = typed("a report", report, dict, where)
+            typed("method", report.get("method"), str, where)
+            for part, n in typed("parts", report.get("parts"), dict, where).items():
+                check(0 <= typed(part, n, int, where) < 2**63, f"{where}{part} is {shown(n)}")
+            reports.append(report)
+    check(reports, "no report in any of the files")
     return reports
 
 

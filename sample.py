@@ -13,13 +13,13 @@ Where a run was trained on conversations, a prompt is what a user says.
 import argparse
 import sys
 
+from lib.checks import Parser, unicode
 from lib.config import run_main
 
 
 def parse(args):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="+",
                         help="folders: runs of train.py, or models in Hugging Face layout")
     parser.add_argument("--base", default="", help="where the runs' base lies now, if it has moved")
@@ -40,14 +40,14 @@ def parse(args):
 
 
 if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
-    ARGS = parse(sys.argv[1:])
+    ARGS = run_main(parse, sys.argv[1:])
 
 import torch
 
 import dataclasses
 
 from data import Example, Format, parse_mr
-from lib.files import check
+from lib.files import check, located
 from lib.run import chat_of, load_run
 
 
@@ -98,7 +98,8 @@ def talk(model, made, args):
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         print(sign, end="", flush=True)
-        line = sys.stdin.readline()
+        with located("standard input"):
+            line = unicode("a line", sys.stdin.readline())
         said = line.strip()
         if not line or said == "/exit":
             return

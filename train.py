@@ -16,6 +16,7 @@ method's in peft.py.
 
 import dataclasses
 import json
+import math
 import shlex
 import sys
 import time
@@ -42,8 +43,9 @@ from lib.machine import say
 from lib.report import size
 from lib.run import (
     Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer,
-    numbers_are_finite, offload, only_writer, resolved, restore, run_folder, samples, save_state, set_up,
-    split_loss, step, storage_by_type, storage_of, write_beginning)
+    numbers_are_finite, offload, only_writer, remember, resolved, restore, run_folder, samples, save_state,
+    set_up, split_loss, step, storage_by_type, storage_of, telling_what_needs_less, told_of_interruption,
+    told_of_resuming, wait_for_writers, write_beginning)
 from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------
@@ -57,13 +59,16 @@ PRETRAIN = Config(
 
 def with_base(config):
     """The configuration with a base in it. A dry run before there is one is told about an untrained one."""
-    there = machine.gathered((BASE / "config.json").is_file())[0]
-    if config.base or there:
-        return dataclasses.replace(config, base=config.base or str(BASE))
+    if config.base:
+        return config
+    if machine.RANK == 0 and not config.dry_run:
+        wait_for_writers(BASE, "config.json")                                                   # fault 50
+    if machine.gathered((BASE / "config.json").is_file())[0]:
+        return dataclasses.replace(config, base=str(BASE))
     if config.dry_run:
         return dataclasses.replace(config, base="new")
     say(f"no --base given: a small one is pretrained once on the embedded text into {BASE}, about three minutes on 2 cores")
-    half_done = (BASE / "state.pt").is_file()
+    half_done = (BASE / "config.toml").is_file()
     train(dataclasses.replace(PRETRAIN, resume=str(BASE) if half_done else ""))
     if not (BASE / "config.json").is_file():
         sys.exit(0)                                              # It was interrupted, and is saved.
@@ -77,9 +82,10 @@ def with_base(config):
 
 def train(config):
     """Runs a configuration; returns the metrics, or None after --dry_run or an interruption."""
+    given = config.given
     config, start = hub.adopted(config)
     if config.resume:
-        config = find_base(config, config.resume, config.base if "base" in config.given else "")
+        config = find_base(config, config.resume, config.base if "base" in given else "")
     config = trains_tables(config)
     check_processes(config)
     device = machine.pick_device(config.device)
@@ -88,7 +94,7 @@ def train(config):
     machine.agree(dataclasses.asdict(config))
     folder = Path(machine.gathered(str(run_folder(config)))[0])  # It is chosen before anybody writes.
     writes = machine.RANK == 0 and not config.dry_run
-    with only_writer(folder) if writes else nullcontext():
+    with only_writer(folder) if writes else nullcontext(), telling_what_needs_less(config, folder):
         config = with_base(config)
         torch.manual_seed(config.seed)
         run = set_up(config, folder, device)
@@ -113,9 +119,9 @@ def train(config):
         run.batches = data.Batches(run.encoded["train"], rows, config.seed, machine.RANK, machine.WORLD_SIZE,
                                    config.packing)
         if config.resume:
-            restore(run)
-            say(f"resumed    at step {run.progress['step']}")
-        elif machine.RANK == 0:
+            say(*told_of_resuming(run, restore(run)))                                           # fault 45
+            remember(run, given)
+        else:
             write_beginning(run)
         finished = loop(run)
         metrics = finish(run) if finished and (machine.RANK == 0 or config.fsdp) else None
@@ -149,7 +155,11 @@ def describe(run, report):
         say(f"start      {config.init_from}: its {trainable:,} parameters; optimizer, schedule and data begin anew")
     if config.add_tokens:
         say(f"tokens     those of {config.add_tokens} beside the base's; {shape.vocab_size} rows in the embedding, which is trained")
-    say(f"trained    {trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    kept = peft.count_kept(run.model)
+    fewer = f"; the adapter keeps {kept:,}" if kept != trainable else ""
+    say(f"trained    {trainable:,} of {total:,} parameters ({trainable / total:.2%}){fewer}")
+    if ratio_of_B(run) != 1:
+        say(f"rates      B of LoRA learns at {ratio_of_B(run):g} times the learning rate (LoRA+)")       # fault 47
     say(f"storage    {storage}{each}; computed in {config.dtype} on {run.model.head.weight.device}")
     say(f"data       {config.data}, {run.corpus.form}: {splits} train / val / test, {sequences} training sequences, "
         f"{supervised:.0%} of tokens supervised{cut}{empty}")
@@ -227,17 +237,19 @@ def loop(run):
         torch.manual_seed(config.seed + machine.RANK)            # Dropout differs between processes.
     saving = partial(offload, model) if config.offload else nullcontext
     can_measure = machine.RANK == 0 and not config.compile and not config.fsdp
+    ratio = ratio_of_B(run)
     model.train()
     while progress["step"] < config.max_iters and has_patience(run):                            # fault 18
         if machine.anybody(interrupt.asked, run.device):
             save_state(run)
-            say(f"interrupted after step {progress['step']}; python train.py --resume {shlex.quote(str(run.folder))} goes on")
+            say(*told_of_interruption(run))
             return False
         i, start = progress["step"], time.perf_counter()
         done, last = i + 1, i + 1 == config.max_iters
         lr = learning_rate(config, i)
         for group in run.optimizer.param_groups:
             group["lr"] = lr * group["ratio"]
+        rates = {"lr": lr} if ratio == 1 else {"lr": lr, "lr_B": lr * ratio}
         micro_batches = [next_batch(run) for _ in range(config.gradient_accumulation_steps)]
         with measured(run, micro_batches) if can_measure and (i == first or last) else nullcontext():
             loss, norm = map(float, step(model, run.optimizer, micro_batches, config.grad_clip,
@@ -249,17 +261,25 @@ def loop(run):
         progress["tokens"] += tokens
         skip_or_stop(run, loss, norm, micro_batches)
         if log:
-            log.write(step=i, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(tokens / seconds),
+            log.write(step=i, loss=loss, **rates, grad_norm=norm, tokens_per_second=round(tokens / seconds),
                       bytes=machine.resident_bytes())
         if i % config.log_interval == 0 or last:
             left = (config.max_iters - done) * progress["seconds"] / done
             say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {tokens / seconds:>7,.0f} tokens/s | "
                 f"{size(machine.resident_bytes())} | {left // 60:.0f}:{left % 60:02.0f} left")
-        if done % config.eval_interval == 0 or last:
+        if done % config.eval_interval == 0:
             evaluate_and_save(run, log)
         elif config.save_interval and done % config.save_interval == 0:
             save_state(run)
+    if progress["evaluated"] != progress["step"]:
+        evaluate_and_save(run, log)                                                             # fault 43
     return True
+
+
+def ratio_of_B(run):
+    """How many times the learning rate LoRA's B learns at (LoRA+); 1 where there is none."""
+    groups = peft.param_groups(run.model, 1.0, 0.0, run.config.lora_plus_ratio)
+    return max((group["ratio"] for group in groups), key=lambda ratio: abs(ratio - 1))
 
 
 def has_patience(run):
@@ -284,8 +304,9 @@ def evaluate_and_save(run, log):
     say(f"step {progress['step']}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}")
     val_loss = machine.gathered(losses["val_loss"])[0]           # All processes stop after the same step.
     is_better = val_loss < progress["best"]
-    progress["best"] = min(val_loss, progress["best"])
+    progress["best"] = val_loss if is_better else progress["best"]
     progress["waited"] = 0 if is_better else progress["waited"] + 1
+    progress["evaluated"] = progress["step"]
     if log:
         log.write(step=progress["step"], **losses)
         if is_better:
@@ -314,7 +335,7 @@ def skip_or_stop(run, loss, norm, micro_batches):
         if machine.RANK == 0:
             save_file(path, {"step": progress["step"], "batches": batches})
         raise ValueError(f"ten steps in a row had no finite loss or gradient; the last batch is in {path}, "
-                         "the last good state in state.pt")
+                         "the last saved state in state.pt")
 
 
 # -----------------------------------------------------------------------------
@@ -327,6 +348,7 @@ def finish(run):
     """
     config, folder, progress = run.config, run.folder, run.progress
     adapter = folder / "adapter.pt"
+    trainable = peft.count_parameters(run.model)["trainable"]    # fault 47
     peft.load_adapter(run.model, adapter, replace=True)
     if config.base == "new":
         model_folder.write_model(run.model, folder, run.tokenizer)
@@ -338,9 +360,10 @@ def finish(run):
     metrics = {
         "method": config.method,
         "seed": config.seed,
-        "trainable": peft.count_parameters(run.model)["trainable"],
-        "loss_before": progress["before"],
-        "val_loss": progress["best"],
+        "trainable": trainable,
+        "adapter_parameters": peft.count_kept(run.model),
+        "loss_before": finite_or_none(progress["before"]),
+        "val_loss": finite_or_none(progress["best"]),
         "steps": progress["step"],
         "skipped": progress["skipped"],
         "seconds": round(progress["seconds"], 2),
@@ -361,23 +384,15 @@ def finish(run):
     return metrics
 
 
+def finite_or_none(number):
+    """A number that JSON can write, None for NaN and infinity."""
+    return number if math.isfinite(number) else None
+
+
 def main(config):
-    """
-    Trains among the processes there are. Running out of memory becomes a ValueError that names the next
-    thing to try.
-    """
-    try:
-        with machine.processes(machine.pick_device(config.device)):
-            train(config)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not out_of_memory:                                                                   # fault 37
-            raise
-        world = machine.WORLD_SIZE
-        less = max(config.batch_size // world // 2, 1) * world
-        smallest = " --checkpointing" if config.batch_size <= world else ""
-        raise ValueError(f"out of memory at batch_size {config.batch_size}; try --batch_size {less} --gradient_accumulation_steps "
-                         f"{config.gradient_accumulation_steps * 2}{smallest}; the last saved state is intact") from None
+    """Trains among the processes there are."""
+    with machine.processes(machine.pick_device(config.device)):
+        train(config)
 
 
 if __name__ == "__main__":

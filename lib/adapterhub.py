@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from lib.files import (check, located, read_json, read_tensors, some, torch_bytes, write_atomic, write_json,
+from lib.checks import check, shown, typed
+from lib.files import (located, read_json, read_tensors, some, torch_bytes, write_atomic, write_json,
                        write_safetensors)
 
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
@@ -93,10 +94,12 @@ def from_adapterhub(folder, base):
         check(style, f"{flags} is not known; only Houlsby's, Pfeiffer's and Lin's adapters can be read")
         for key, wanted in HUB_FIXED.items():
             value = inner.get(key, wanted)
-            check(value == wanted, f"{key} is {value!r}; only {wanted!r} can be read")
+            check(value == wanted, f"{key} is {shown(value)}; only {wanted!r} can be read")
         out = take_all(tensors, hub_names(base, style, name))
-    size = len(out["blocks.0.adapter2.down.weight"])
-    activation = str(inner.get("non_linearity"))
+        activation = typed("non_linearity", inner.get("non_linearity"), str)
+        down = out["blocks.0.adapter2.down.weight"]
+        check(down.dim() == 2, f"adapter_down has shape {tuple(down.shape)}; it must be (adapter_size, width)")
+    size = len(down)
     return "adapter", {"adapter_style": style, "adapter_size": size, "adapter_activation": activation}, out
 
 

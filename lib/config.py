@@ -13,13 +13,14 @@ import ast
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+from lib.checks import KINDS, check, checked, regular, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,11 +89,9 @@ class Knobs:
     given = frozenset()               # what a file or a flag has set, by name; not a field
 
     def __post_init__(self):
-        for names, lowest, limit, rule in RANGES:
-            for name in names:
-                value = getattr(self, name)
-                if not lowest <= value < limit:                                             # fault 39
-                    raise ValueError(f"{name} is {value}; it must be {rule}")
+        for field in dataclasses.fields(self):
+            value = checked(field.name, getattr(self, field.name), field.type)
+            setattr(self, field.name, value)
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             is_file = name == "template" and value.endswith(".jinja")
@@ -111,13 +110,6 @@ def with_methods(method, *names):
 
 
 TRAIN_ALSO = ("embed", "head", "norm")
-RANGES = (       # knobs, the least value, the value that none reaches, and that in words
-    (("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval", "rank"), 1, math.inf, "at least 1"),
-    (("max_iters", "epochs", "patience", "warmup_iters", "eval_sequences", "save_interval", "block_size",
-      "sample_count", "quant_block", "min_lr", "weight_decay", "grad_clip"), 0, math.inf, "a number, at least 0"),
-    (("learning_rate",), sys.float_info.min, math.inf, "a number above 0"),
-    (("beta1", "beta2", "label_smoothing", "dropout"), 0, 1, "in [0, 1)"),
-)
 CHOICES = {
     "lr_schedule": ("cosine", "linear", "constant"),
     "too_long": ("refuse", "cut", "drop"),
@@ -126,8 +118,9 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
 }
 MAY_CHANGE = (   # on resuming
-    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters", "sample_count", "device",
-    "fsdp", "base", "data")      # the last two as paths; what lies there must be the same
+    "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters",
+    "sample_count", "checkpointing", "offload", "device", "fsdp",
+    "base", "data")              # as paths; what lies there must be the same
 
 # -----------------------------------------------------------------------------
 # options of methods, read from the source of peft.py
@@ -185,18 +178,30 @@ def method_options(config):
     return {name: getattr(config, name) for name in names}
 
 
-def check_options(values, method, where):
-    """ValueError where values name an option that none of the methods has."""
-    for name in values.keys() & METHOD_OPTIONS.keys():
-        owners = METHOD_OPTIONS[name].methods
-        if not set(owners) & set(method.split("+")):
-            raise ValueError(f"{where}: {name} is an option of {', '.join(owners)}; the method is {method}")
+HEEDED = {"lora_plus_ratio": ("lora", "qlora", "dora"), "prompt_init": ("prompt",)}      # knobs -> the methods that heed them
+
+
+def check_options(values, method, where, knobs=()):
+    """ValueError where values name an option that none of the methods has, or one of the knobs, of HEEDED, that none heeds."""
+    owners = {name: option.methods for name, option in METHOD_OPTIONS.items()}
+    owners |= {name: HEEDED[name] for name in knobs}
+    for name in values.keys() & owners.keys():
+        heeded = set(owners[name]) & set(method.split("+"))
+        known = ", ".join(owners[name])
+        check(heeded, f"{where}: {name} is an option of {known}; the method is {method}")      # fault 46
+
+
+def check_given(flags, config):
+    """ValueError where a flag would change nothing in this run. A file of flags may be for several methods."""
+    check_options(flags, config.method, "command line", HEEDED)
+    for name in flags.keys() & {"quant_block", "quant_double", "quant_skip"}:
+        stored = config.quant or "qlora" in config.method.split("+")
+        check(stored, f"command line: {name} is of a base in few bits; --quant says which")
 
 
 # -----------------------------------------------------------------------------
 # values from text
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 
@@ -222,23 +227,19 @@ def convert(name, value, where):
     kind = FIELDS[name].type
     try:
         if kind is bool and isinstance(value, str):
-            return SWITCH[value.lower()]
-        if kind in (int, float) and isinstance(value, str) or kind is float and type(value) is int:
-            return kind(value)
+            value = SWITCH[value.lower()]
+        if kind in (int, float) and isinstance(value, str):
+            value = kind(value)
     except (ValueError, KeyError, OverflowError):
-        pass                                                     # It is told below.
-    if type(value) is not kind:
-        raise ValueError(f"{where}: {name} is {value!r}; it must be {KINDS[kind]}")
-    return value
+        raise ValueError(f"{where}: {name} is {shown(value)}; it must be {KINDS[kind]}") from None
+    return checked(name, value, kind, f"{where}: ")
 
 
 def read_toml(path):
     """A file's keys and values, checked."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(Path(regular(path)).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: {error}") from None
     return {name: convert(name, value, path) for name, value in values.items()}
 
@@ -291,29 +292,54 @@ def command_line(args):
         path = args.pop(0)
         values = read_toml(path)
     flags = parse_flags(args)
+    both = flags.get("max_iters") and flags.get("epochs")
+    check(not both, "command line: max_iters and epochs are both given; one of them says how long the run is")
     if "resume" in values | flags:
         return resumed(values | flags)
-    if flags.get("max_iters") and flags.get("epochs"):
-        raise ValueError("command line: max_iters and epochs are both given; one of them says how long the run is")
     if FORMER in flags:
         values.pop("eval_sequences", None)
     config = Config(**renamed(values | flags))
     config.given = frozenset(values | flags)
+    if Path("new", "config.json").is_file():
+        config.base = as_folder(config.base)
     if config.init_from:                                         # The adapter says which method it is of.
         return config
-    for given, where in ((values, "the file"), (flags, "command line")):
-        check_options(given, config.method, where)
+    check_options(values, config.method, "the file")
+    check_given(flags, config)
     return config
+
+
+def as_folder(path):
+    """A folder's path, which cannot be taken for the word "new" that asks for a model from nothing."""
+    return "./new" if str(path) == "new" else str(path)
+
+
+def can_resume(folder):
+    """Whether a run's folder holds a state to go on from."""
+    return any(Path(folder, name).is_file() for name in ("state.pt", "state.before.pt"))
+
+
+def way_on(folder):
+    """How one goes on with what a run's folder holds, for a message."""
+    if can_resume(folder):                                                                  # fault 42
+        steps = read_run_config(folder).max_iters
+        return f"--resume {folder} goes on with it up to its {steps} steps, --max_iters N further"
+    if Path(folder, "config.json").is_file():
+        return f"--base {folder} starts a new run from its model"
+    if Path(folder, "adapter.pt").is_file():
+        return f"--init_from {folder} starts a new run from its adapter"
+    return "there is nothing in it to go on with"
 
 
 def resumed(values):
     """The Config of the run that values name, with what of it may change."""
     folder = values["resume"]
-    if "init_from" in values:
-        raise ValueError(f"--init_from starts a new run and --resume goes on with {folder}; give one of them")
-    if not Path(folder, "config.toml").is_file():
-        raise ValueError(f"{folder}: no run to resume there (it has no config.toml)")
-    before = dataclasses.asdict(read_run_config(folder))
+    check("init_from" not in values, f"--init_from starts a new run and --resume goes on with {folder}; give one of them")
+    check(Path(folder, "config.toml").is_file(), f"{folder}: no run to resume there (it has no config.toml)")
+    kept = read_run_config(folder)
+    check(can_resume(folder), f"{folder}: has no state.pt to resume from; {way_on(folder)}")
+    check_options(values, kept.method, "command line", HEEDED)
+    before = dataclasses.asdict(kept)
     values = renamed({"batch_size": before["batch_size"]} | values)
     before |= {"out_dir": folder, "dry_run": False}
     for name, value in values.items():
@@ -345,22 +371,32 @@ def help_text(doc):
     return "\n".join(lines)
 
 
+def out_of_memory(error):
+    """Whether an error says that memory has run out, as Python, torch's allocators or the system say it."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
+
+
 def run_main(main, *args):
     """
-    main(*args). A user's mistake is told in one line on standard error, with exit status 2;
-    NANOPEFT_DEBUG=1 shows the traceback.
+    main(*args). A user's mistake is told in one line on standard error, with exit status 2, and so is running out
+    of memory; NANOPEFT_DEBUG=1 shows the traceback.
     """
     script = Path(sys.argv[0]).name
+    sys.stdout.reconfigure(errors="backslashreplace")            # A terminal may not know every character.
     try:
         return main(*args)
     except BrokenPipeError:                                      # Whoever read has gone, as head does.
         os._exit(0)
-    except (ValueError, OSError) as error:                                                      # fault 7
-        if os.environ.get("NANOPEFT_DEBUG"):
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:                           # fault 7
+        is_bug = isinstance(error, RuntimeError) and not out_of_memory(error)
+        if is_bug or os.environ.get("NANOPEFT_DEBUG"):
             raise
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             script += f", process {os.environ['RANK']}"
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        words = " ".join(str(error).split())
+        if not isinstance(error, (ValueError, OSError)):
+            words = f"out of memory ({str(error).partition(chr(10))[0]})"     # torch adds where in its own code it was.
+        print(f"{script}: {words[:2000]}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)

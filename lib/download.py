@@ -10,7 +10,8 @@ import zipfile
 import zlib
 from pathlib import Path
 
-from lib.files import check, sha256_of, write_atomic
+from lib.checks import check, regular
+from lib.files import sha256_of, write_atomic
 
 E2E_ADDRESS = "https://github.com/tuetschek/e2e-dataset/releases/download/v1.0.0/e2e-dataset.zip"
 E2E_FILES = {                    # SHA-256 of the official files; the archive's own is not published
@@ -50,7 +51,7 @@ def download(folder, archive=None, sha256=None, files=E2E_FILES):
 def read_archive(archive, folder):
     """The bytes of the archive on disk or, where archive is None, of the official one."""
     try:
-        source = open(archive, "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30)
+        source = open(regular(archive), "rb") if archive else urllib.request.urlopen(E2E_ADDRESS, timeout=30)
         with source:
             return source.read(LARGEST + 1)
     except (OSError, http.client.HTTPException) as error:        # URLError is an OSError

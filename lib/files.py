@@ -17,18 +17,13 @@ from pathlib import Path
 
 import torch
 
+from lib.checks import check, parse_json, regular, shown
 
 # -----------------------------------------------------------------------------
 # checks
 
 # Git LFS leaves a text of three lines, which begins so, where a large file was not downloaded.
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-
-
-def check(condition, message):
-    """ValueError(message) unless condition."""
-    if not condition:
-        raise ValueError(message)
 
 
 def some(names, n=3):
@@ -96,8 +91,8 @@ def write_atomic(path, content):
 def read_bytes(path):
     """The bytes of a file; ValueError where it cannot be read, or is a Git LFS pointer."""
     try:
-        content = Path(path).read_bytes()
-    except OSError as error:                                         # fault 1
+        content = Path(regular(path)).read_bytes()
+    except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     check_no_pointer(path, content)
     return content
@@ -111,13 +106,16 @@ def write_json(path, content):
 
 def read_json(path):
     """The object in a JSON file; ValueError for whatever else it may be."""
-    raw = read_bytes(path)
-    try:
-        content = json.loads(raw.decode())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not an object")
-    return content
+    return parse_json(read_bytes(path), path)
+
+
+def read_json_lines(path):
+    """
+    The objects in a file of JSON, one a line; ValueError names the line that is something else. What follows the last line's
+    end is left out, because whoever was writing it has been stopped.
+    """
+    lines = read_bytes(path).split(b"\n")[:-1]
+    return [parse_json(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 
 # A file of this project is a zip archive of torch.save with a comment, which a zip archive may end with:
@@ -149,12 +147,34 @@ def read_file(path):
     whole = raw.endswith(checksum.encode())
     check(whole, f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")    # fault 3
     with refusing(f"{path}: not a file of this project"):
-        entries = zipfile.ZipFile(io.BytesIO(raw)).infolist()
-        stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-        check(stored and sum(entry.file_size for entry in entries) <= len(raw), "compressed")
+        check_archive(io.BytesIO(raw), len(raw))
         content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)                    # fault 4
     check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
+    check_plain(content, path)
     return content
+
+
+def check_archive(file, size):
+    """ValueError unless a zip archive of that many bytes holds no more than these: nothing is compressed."""
+    entries = zipfile.ZipFile(file).infolist()
+    stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+    check(stored and sum(entry.file_size for entry in entries) <= size, "compressed")
+
+
+def check_plain(value, path, name="it"):
+    """ValueError unless all tensors within a value lie in memory as their shape and type say, and in a type that is read here."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_plain(part, path, shown(key))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            check_plain(part, path, name)
+    elif isinstance(value, torch.Tensor):
+        kind = value.dtype if value.layout is torch.strided else value.layout
+        kind = kind if value.device.type == "cpu" else f"on the device {value.device}"
+        check(kind in DTYPE_NAMES, f"{path}: {name} is {kind}; dense tensors of {', '.join(map(str, DTYPE_NAMES))} can be read")
+        held = value.untyped_storage().nbytes()
+        check(value.nbytes <= held, f"{path}: {name} of shape {tuple(value.shape)} repeats {held} bytes")
 
 
 # -----------------------------------------------------------------------------
@@ -188,14 +208,14 @@ def read_header(file, path):
         header = json.loads(file.read(header_size))
         header.pop("__metadata__", None)
         for name, entry in header.items():
-            begin, end = map(int, entry["data_offsets"])
-            shape = [int(size) for size in entry["shape"]]
+            (begin, end), shape = entry["data_offsets"], entry["shape"]
+            check(len(shape) <= 16 and all(map(is_size, (begin, end, *shape))), f"{name} of shape {shown(shape)} at {shown([begin, end])}")
             entries.append((begin, end, name, DTYPES[entry["dtype"]], shape))
     entries.sort(key=lambda entry: entry[:2])
     place = 0
     for begin, end, name, dtype, shape in entries:
         n_bytes = math.prod(shape) * dtype.itemsize
-        fits = begin == place and end - begin == n_bytes and min(shape, default=0) >= 0
+        fits = begin == place and end - begin == n_bytes
         check(fits, f"{path}: {name} of shape {shape} does not fit its bytes {begin} to {end}")
         place = end
     expected_size = 8 + header_size + place
@@ -203,9 +223,14 @@ def read_header(file, path):
     return entries
 
 
+def is_size(value):
+    """Whether a value of JSON can be a size in a tensor's shape, or a place in a file."""
+    return type(value) is int and 0 <= value < 2**48
+
+
 def read_safetensors(path):
     """Yields (name, tensor) one at a time. The whole header is checked before the first."""
-    with open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         check_no_pointer(path, file.read(len(LFS_POINTER)))
         file.seek(0)
         for begin, end, name, dtype, shape in read_header(file, path):
@@ -235,15 +260,24 @@ def write_safetensors(path, tensors):
 def read_bin(path):
     """(name, tensor) pairs of a pytorch_model.bin, nothing in it run."""
     damaged = f"{path}: truncated, damaged or not a checkpoint"
-    with refusing(damaged), open(path, "rb") as file:
+    with open(regular(path), "rb") as file:
         beginning = file.read(len(LFS_POINTER))
     check_no_pointer(path, beginning)
     with refusing(damaged):
         mapped = zipfile.is_zipfile(path)      # files from before 2020 are not, and cannot be mapped
+        if mapped:
+            check_archive(path, Path(path).stat().st_size)
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)                  # fault 4
-    by_name = isinstance(content, dict) and all(isinstance(t, torch.Tensor) for t in content.values())
-    check(by_name, f"{damaged} (it does not hold tensors by name)")
+    check(holds_tensors_by_name(content), f"{damaged} (it does not hold tensors by name)")
+    check_plain(content, path)
     return content.items()
+
+
+def holds_tensors_by_name(content):
+    """Whether a value that torch has loaded is {str: tensor}."""
+    if not isinstance(content, dict):
+        return False
+    return all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in content.items())
 
 
 def weight_files(folder):

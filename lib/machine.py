@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import inspect
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,6 +17,7 @@ from datetime import timedelta
 import torch
 
 import quant
+from lib.checks import check, shown
 
 RANK = int(os.environ.get("RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -31,10 +33,9 @@ def pick_device(name):
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
+    known = re.fullmatch(r"cpu|cuda(:\d{1,3})?", name)
+    check(known, f"device is {shown(name)}; it must be auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type != "cuda":
         return device
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -158,7 +159,7 @@ def processes(device):
             raise
         reason = str(error).splitlines()[0]
         raise ValueError(f"another process has ended or does not answer ({reason}); torchrun's report names its rank; "
-                         "the last saved state is intact, --resume goes on from it") from None
+                         "what was saved is whole, and --resume goes on from it where the run has begun") from None
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lib.families import (ACTIVATION_NAMES, ACTIVATIONS, CONVERSIONS, FAMILIES, INVERSES,
                           Family)
+from lib.checks import SHAPE, bounded, checked, typed
 from lib.files import check, found_in, located, read_json
 from lib.keys import HARMLESS, HARMLESS_AT, OUT_OF_SCOPE, OUT_OF_SCOPE_KEYS, QUANTIZED
 from lib.rope import Rope
@@ -91,7 +92,8 @@ def refuse_quantized(content):
     """ValueError where the checkpoint's weights lie in the quantized form of another library."""
     for key, usual in QUANTIZED.items():
         found = content.get(key) or {}
-        method = found.get("quant_method", usual) if isinstance(found, dict) else found
+        found = found if isinstance(found, dict) else {"quant_method": found} if found else {}
+        method = found.get("quant_method", usual)
         if "load_in_4bit" in found or "load_in_8bit" in found:
             method = "bitsandbytes"
         check(not found, f"the checkpoint is quantized already ({method}); take the unquantized one, and --quant stores it in few bits")
@@ -146,12 +148,10 @@ def parse_value(family, key, name, value):
         known = ACTIVATIONS | family.activations
         check(value is None or value in list(known), f"{key} is {value!r}; it must be one of {', '.join(known)}")
         return known.get(value)
-    kinds = (int, float) if TYPES[name] is float else (TYPES[name],)
-    check(type(value) in kinds, f"{key} is {value!r}; it must be {TYPES[name].__name__}")
-    if key not in CONVERSIONS:
-        return value
-    check(value > 0, f"{key} is {value!r}; it must be positive")
-    return CONVERSIONS[key](value)
+    value = typed(key, value, TYPES[name])
+    if key in CONVERSIONS:
+        value = CONVERSIONS[key](bounded(key, value, table={key: (1e-9, 10**9)}))
+    return bounded(key, value, table={key: SHAPE[name]}) if name in SHAPE else value
 
 
 def biases(family, rest):
@@ -212,7 +212,7 @@ def unrotated_layers(family, rest, n_layer):
 def windows_of_layers(family, rest, n_layer, unrotated):
     """For each layer how many tokens one sees in it, 0 where all."""
     window = take(family, rest, "sliding_window") or 0
-    check(type(window) is int and window >= 0, f"sliding_window is {window!r}; it must be a number of tokens")
+    bounded("sliding_window", typed("sliding_window", window, int), table={"sliding_window": (0, 2**30)})
     if family.windows in ("late", "unrotated") and not take_truth(family, rest, "use_sliding_window"):
         window = 0
     rule = layers_by_rule(family, rest, n_layer, unrotated)
@@ -269,7 +269,7 @@ def parse_ropes(family, rest, config):
     parameters = take_object(rest, "rope_parameters")            # of transformers 5, by kind of layer in some families
     full = parameters.get("full_attention", parameters)
     local = parameters.get("sliding_attention")
-    said = agreeing(agreeing(general, take_object(rest, "rope_scaling")), full or {})
+    said = agreeing(agreeing(general, take_object(rest, "rope_scaling")), typed("full_attention", full or {}, dict))
     defaults = {key: family.defaults[key] for key in ROPE_GENERAL if key in family.defaults}
     share = said.get("partial_rotary_factor")
     possible = share in (None, 1) or "partial_rotary_factor" in defaults
@@ -277,17 +277,17 @@ def parse_ropes(family, rest, config):
     rope, context = parse_rope(defaults | said, config)
     local_theta = take(family, rest, "rope_local_base_freq")
     if local is not None:
+        local = typed("sliding_attention", local, dict)
         return rope, parse_rope(defaults | general | local, config)[0], context
     if family.plain_windows:
-        return rope, Rope(theta=float(local_theta or rope.theta), dim=rope.dim), context
+        theta = rope.theta if local_theta is None else typed("rope_local_base_freq", local_theta, float)
+        return rope, Rope(theta=theta, dim=rope.dim), context
     return rope, rope, context
 
 
 def take_object(rest, key):
     """The object of a key, {} where it is null or absent; it is taken out of rest."""
-    value = rest.pop(key, None) or {}
-    check(isinstance(value, dict), f"{key} is {value!r}; it must be an object")
-    return value
+    return typed(key, rest.pop(key, None) or {}, dict)
 
 
 def agreeing(first, second, keys=None):
@@ -308,8 +308,8 @@ def parse_rope(said, config):
     unknown = [key for key, value in said.items() if value is not None and key not in known]
     check(not unknown, f"rotary scaling {kind} does not have {', '.join(unknown)}")
     share = number(said, "partial_rotary_factor", 1.0)
-    check(share <= 1, f"partial_rotary_factor is {share}; it must be at most 1")
     dim = int(config.d_head * share)
+    check(0 < dim <= config.d_head, f"partial_rotary_factor is {share}; of {config.d_head} numbers of a head it rotates {dim}")
     plain = Rope(theta=number(said, "rope_theta"), dim=0 if dim == config.d_head else dim)
     context = config.block_size
     original = number(said, "original_max_position_embeddings", context)
@@ -320,7 +320,7 @@ def parse_rope(said, config):
     rope = replace(plain, scaling=kind, factor=factor)
     if kind == "linear":
         return rope, context
-    rope = replace(rope, original=int(original))
+    rope = replace(rope, original=max(int(original), 1))
     if kind == "llama3":
         return replace(rope, slow=number(said, "low_freq_factor"), fast=number(said, "high_freq_factor")), context
     magnitude = number(said, "attention_factor", default_magnitude(kind, said, rope))
@@ -333,7 +333,7 @@ def yarn(said, rope, context):
     context, is exact up to that."""
     if said.get("llama_4_scaling_beta"):
         context = min(context, rope.original)
-    truncate = said.get("truncate", True) is not False
+    truncate = typed("truncate", said.get("truncate", True), bool)
     return replace(rope, slow=number(said, "beta_slow", 1.0), fast=number(said, "beta_fast", 32.0), truncate=truncate), context
 
 
@@ -341,19 +341,18 @@ def longrope(said, rope, context, n_pairs):
     """(Rope, context) of longrope, by its factors for short texts. For a text beyond the original context others hold, and
     for all of its positions, even those that have been computed: it is exact up to that."""
     factors = said.get("short_factor")
-    numbers = isinstance(factors, list) and all(type(factor) in (int, float) for factor in factors)
-    check(numbers and len(factors) == n_pairs, f"short_factor must hold {n_pairs} numbers, one for each pair that is rotated")
+    fits = isinstance(factors, list) and len(factors) == n_pairs
+    check(fits, f"short_factor must hold {n_pairs} numbers, one for each pair that is rotated")
     if said.get("long_factor") != factors:
         context = min(context, rope.original)
-    return replace(rope, factors=tuple(map(float, factors))), context
+    return replace(rope, factors=tuple(number({"short_factor": factor}, "short_factor") for factor in factors)), context
 
 
 def number(said, key, default=None):
     """A number that must be positive; the default, if there is one, where it is not said. float."""
     value = said.get(key)
     value = default if value is None else value
-    check(type(value) in (int, float) and 0 < value < math.inf, f"{key} is {value!r}; it must be a positive number")
-    return float(value)
+    return checked(key, value, float, table={key: (1e-9, 10**15)})
 
 
 def default_magnitude(kind, said, rope):
@@ -364,7 +363,7 @@ def default_magnitude(kind, said, rope):
         return math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))
     growth = 0.1 * math.log(rope.factor)
     if said.get("mscale") and said.get("mscale_all_dim"):
-        return (growth * said["mscale"] + 1) / (growth * said["mscale_all_dim"] + 1)
+        return (growth * number(said, "mscale") + 1) / (growth * number(said, "mscale_all_dim") + 1)
     return growth + 1
 
 

@@ -8,7 +8,6 @@ has a rank and an alpha of its own, by PEFT's own rules. What PEFT trains in a p
 here in all of it, is completed with what changes nothing: zeros, ones, or what the base has there.
 """
 
-import math
 import re
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch.nn.functional as F
 
 import peft
 from lib.checkpoint import shapes_of, unstack
-from lib.files import check, located, read_json, read_tensors, some
+from lib.checks import BOUNDS, bounded, check, shown, timed, typed
+from lib.files import located, read_json, read_tensors, some
 from lib.peft_format import (IA3_VECTORS, LORA_SUFFIXES, VERA_SHARED, VERA_SUFFIXES, bias_names, check_prefix,
                              check_single, linear_layers, module_name, peft_name, prefix_names, prompt_scale,
                              scaled_layers, shapes_of_targets, whole_names)
@@ -52,30 +52,23 @@ KINDS = {           # peft_type -> the method's name, where that is written othe
 HARMLESS_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")     # of A and B; the base stays
 
 
-def number(settings, key, default=None):
-    """The finite number of a key, the default where the key is absent or null. ValueError for anything else."""
+def option(settings, key, name, default=None):
+    """The value of a key that is the option of that name here, in its type and within its bounds. ValueError for anything
+    else, and where the key is absent or null unless there is a default."""
     value = settings.get(key)
     value = default if value is None else value
-    is_number = type(value) in (int, float) and math.isfinite(value)
-    check(is_number, f"{key} is {value!r}; it must be a number")
-    return value
+    return bounded(key, typed(key, value, type(peft.DEFAULTS[name])), table={key: BOUNDS[name]})
 
 
-def positive(settings, key):
-    """The same, above zero."""
-    check(settings.get(key) is not None, f"{key} is None; it must be a positive number")
-    value = number(settings, key)
-    check(value > 0, f"{key} is {value!r}; it must be a positive number")
-    return value
+def flag(settings, key):
+    """Whether a key is true; false where it is absent or null."""
+    return typed(key, settings.get(key) or False, bool)
 
 
-def pattern(settings, key):
-    """The {regular expression: number} of a key."""
-    found = settings.get(key) or {}
-    check(isinstance(found, dict), f"{key} is {found!r}; it must be an object of names and numbers")
-    for name in found:
-        positive(found, name)
-    return found
+def pattern(settings, key, name):
+    """The {regular expression: value of that option here} of a key."""
+    found = typed(key, settings.get(key) or {}, dict)
+    return {expression: option(found, expression, name) for expression in found}
 
 
 def names_in(settings, key):
@@ -83,16 +76,17 @@ def names_in(settings, key):
     found = settings.get(key) or []
     found = [found] if isinstance(found, str) else found
     are_names = isinstance(found, list) and all(isinstance(name, str) for name in found)
-    check(are_names, f"{key} is {found!r}; it must be a list of names")
+    check(are_names, f"{key} is {shown(found)}; it must be a list of names")
     return found
 
 
 def matches(expression, text, key):
     """Whether a regular expression of that key matches a whole text."""
     try:
-        return re.match(rf"(?:{expression})$", text) is not None
-    except re.error as error:
-        raise ValueError(f"{key}: {expression!r} is no regular expression: {error}") from None
+        with timed(f"{key}: the regular expression {shown(expression)}"):
+            return re.match(rf"(?:{expression})$", text) is not None
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{key}: {shown(expression)} is no regular expression: {error}") from None
 
 
 # -----------------------------------------------------------------------------
@@ -119,15 +113,16 @@ def is_target(settings, name, i):
     if layers not in (None, []) and not isinstance(settings.get("target_modules"), str):
         layers = layers if isinstance(layers, list) else [layers]
         are_numbers = all(type(layer) is int for layer in layers)
-        check(are_numbers, f"layers_to_transform is {layers!r}; it must hold numbers of layers")
+        check(are_numbers, f"layers_to_transform is {shown(layers)}; it must hold numbers of layers")
         if i not in layers:
             return False
     return is_named(settings, "target_modules", name)
 
 
-def own_value(settings, key, name, default):
+def own_value(settings, option_name, name, default):
     """A module's own rank or alpha: of the first name in the pattern that its name ends with."""
-    for expression, value in pattern(settings, key).items():
+    key = f"{option_name}_pattern"
+    for expression, value in pattern(settings, key, option_name).items():
         if matches(rf"(.*\.)?({expression})", name, key):
             return value
     return default
@@ -159,8 +154,8 @@ def from_peft(folder, base, weights=None):
     with located(folder):
         kind = settings.get("peft_type")
         known = isinstance(kind, str) and kind in READERS
-        name = KINDS.get(kind, kind) if isinstance(kind, str) else kind
-        check(known, f"peft_type is {kind!r}: {name} cannot be read; {', '.join(READERS)} can")
+        name = KINDS.get(kind, kind) if isinstance(kind, str) else "that"
+        check(known, f"peft_type is {shown(kind)}: {name} cannot be read; {', '.join(READERS)} can")
         check_settings(settings)
     file = Path(folder, "adapter_model.safetensors")
     if not file.is_file():
@@ -184,13 +179,13 @@ def check_settings(settings):
     """ValueError for what changes the computation in a way that is not known here."""
     for key, name in VARIANTS.items():
         value = settings.get(key)
-        check(not value, f"{name} cannot be read ({key} is {value!r})")
+        check(not value, f"{name} cannot be read ({key} is {shown(value)})")
     for key, value in settings.items():
         harmless = key in KNOWN or value in (None, False, [], {}, "")
-        check(harmless, f"{key} is {value!r}, which this code does not know")
+        check(harmless, f"{key} is {shown(value)}, which this code does not know")
     start = settings.get("init_lora_weights")
     harmless = isinstance(start, (str, bool, type(None))) and start in HARMLESS_STARTS
-    check(harmless, f"init_lora_weights is {start!r}, with which PEFT changes the base's weights when it loads the adapter; save it "
+    check(harmless, f"init_lora_weights is {shown(start)}, with which PEFT changes the base's weights when it loads the adapter; save it "
           "there with path_initial_model_for_weight_conversion, which makes a plain LoRA of it")
 
 
@@ -254,8 +249,8 @@ def take_tokens(settings, tensors, base, weights):
         indices = said.get(last, said.get(module.removeprefix("base_model.model."))) if isinstance(said, dict) else said
         are_ids = isinstance(indices, list) and all(type(i) is int for i in indices)
         fits = are_ids and len(indices) == rows_of(rows) and max(indices, default=0) < base.config.vocab_size
-        check(fits, f"trainable_token_indices is {said!r}, but {module} holds {rows_of(rows)} rows for tokens")
-        check(weights is not None, f"trainable_token_indices is {said!r}: the base's table is needed to read it")
+        check(fits, f"trainable_token_indices is {shown(said)}, but {module} holds {rows_of(rows)} rows for tokens")
+        check(weights is not None, f"trainable_token_indices is {shown(said)}: the base's table is needed to read it")
         tables[ours] = weights()[ours].float().clone()
         tables[ours][indices] = rows
     return tables
@@ -351,10 +346,10 @@ def vera_from_peft(settings, tensors, base, whole):
     found = linear_tensors(settings, tensors, base, VERA_SUFFIXES)
     modules = list(dict.fromkeys(module for module, *_ in found))
     check(modules, "no VeRA in it")
-    rank = positive(settings, "r")
+    rank = option(settings, "r", "rank")
     for module in modules:
         check_single(module, linear_layers(base)[module])
-    ours = peft.shared_projections(int(rank), shapes_of_targets(base, modules))
+    ours = peft.shared_projections(rank, shapes_of_targets(base, modules))
     same = settings.get("projection_prng_key", 0) == 0
     for one, other in zip(shared, ours):
         same &= one is None or torch.equal(one, other)
@@ -363,7 +358,7 @@ def vera_from_peft(settings, tensors, base, whole):
     for module, i, suffix, t in found:
         name = next(iter(linear_layers(base)[module]))
         out[f"blocks.{i}.{name}.{VERA_SUFFIXES[suffix]}"] = t
-    options = {"rank": int(rank), "targets": targets_in(out), "dropout": float(number(settings, "vera_dropout", 0.0))}
+    options = {"rank": rank, "targets": targets_in(out), "dropout": option(settings, "vera_dropout", "dropout", 0.0)}
     return "vera", options, out
 
 
@@ -375,8 +370,8 @@ def targets_in(tensors):
 def lora_from_peft(settings, tensors, base, whole):
     """Of LoRA, DoRA or BitFit. One rank and one scale are for all here: a smaller rank is filled up with zeros,
     another scale goes into B."""
-    common = {"rank": positive(settings, "r"), "alpha": positive(settings, "lora_alpha"),
-              "rslora": bool(settings.get("use_rslora"))}
+    common = {"rank": option(settings, "r", "rank"), "alpha": option(settings, "lora_alpha", "alpha"),
+              "rslora": flag(settings, "use_rslora")}
     biases = take_biases(tensors, base)
     # VeLoRA's alone, for the backward pass.
     tensors = {name: t for name, t in tensors.items() if not name.endswith(".lora_velora_embed")}
@@ -386,7 +381,7 @@ def lora_from_peft(settings, tensors, base, whole):
     s, out = peft.scale_of(common | {"rank": rank}), {}
     for module, i, suffix, t in found:
         name = module_name(base, i, module).removeprefix("base_model.model.")
-        own = common | {key: own_value(settings, f"{key}_pattern", name, common[key]) for key in ("rank", "alpha")}
+        own = common | {key: own_value(settings, key, name, common[key]) for key in ("rank", "alpha")}
         parts = lora_parts(base, own, module, i, suffix, t)
         for layer, part in parts.items():
             if suffix == "lora_A":
@@ -397,11 +392,11 @@ def lora_from_peft(settings, tensors, base, whole):
     check_pairs(out)
     if (biases or whole) and not any(t.any() for name, t in out.items() if name.endswith(".B")):
         return "bitfit" if biases else "", {}, biases
-    dora = settings.get("use_dora", False)
+    dora = flag(settings, "use_dora")
     magnitudes = sum(name.endswith(".m") for name in out)
-    check(bool(dora) == bool(magnitudes), f"use_dora is {dora!r}, but {magnitudes} magnitude vectors are there")
+    check(dora == bool(magnitudes), f"use_dora is {dora}, but {magnitudes} magnitude vectors are there")
     options = {"rank": rank, "alpha": s * rank, "targets": targets_in(out),
-               "dropout": float(number(settings, "lora_dropout", 0.0))}
+               "dropout": option(settings, "lora_dropout", "dropout", 0.0)}
     method = "dora" if dora else "lora"
     return f"bitfit+{method}" if biases else method, options, out | biases
 

@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lib.files import check, check_no_pointer, located, read_bytes
+from lib.checks import check, regular
+from lib.files import check_no_pointer, located, read_bytes
 
 
 @dataclass
@@ -231,7 +232,7 @@ class JsonFile:
     def __init__(self, path):
         self.path = path
         try:
-            with open(path, "rb") as file:
+            with open(regular(path), "rb") as file:
                 beginning = file.read(100)
                 check_no_pointer(path, beginning)
                 check(beginning, f"{path}: the file is empty")  # fault 23

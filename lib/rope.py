@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lib.checks import ROPE, bounded
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -26,6 +28,8 @@ class Rope:
         scalings = ("none", "linear", "llama3", "yarn", "longrope")
         if self.scaling not in scalings:
             raise ValueError(f"rotary scaling is {self.scaling!r}; it must be one of {', '.join(scalings)}")
+        for name in ROPE:
+            bounded(name, getattr(self, name), "rotary ", ROPE)
 
 
 def frequencies(rope, d_head):

@@ -9,10 +9,12 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -21,8 +23,10 @@ import data
 import peft
 import quant
 from lib import checkpoint, machine, template
-from lib.config import FIELDS, MAY_CHANGE, Config, method_options, read_run_config, renamed, write_toml
-from lib.files import check, located, read_file, save_file, write_atomic
+from lib.config import (FIELDS, MAY_CHANGE, Config, as_folder, method_options, out_of_memory,
+                        read_run_config, renamed, way_on, write_toml)
+from lib.checks import regular, typed
+from lib.files import check, located, read_file, read_json_lines, save_file, some, write_atomic
 from lib.kernels import simulating
 from lib.origin import read_origin
 from lib.tokenizer import end_ids
@@ -274,7 +278,9 @@ class Run:
     optimizer: torch.optim.Optimizer | None = None
     batches: data.Batches | None = None
     progress: dict = field(default_factory=lambda: {
-        "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0, "waited": 0})
+        "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0, "waited": 0,
+        "evaluated": -1})                # the step of the last evaluation
+    state_is_whole: bool = False         # whether state.pt is this run's, to be kept as state.before.pt
 
 
 def set_up(config, folder, device):
@@ -338,7 +344,7 @@ def load_run(folder, device="auto", dtype="auto", base="", adapter="best"):
     is_run = Path(folder, "config.toml").is_file() and not Path(folder, "config.json").is_file()
     check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
     check(is_run or not base, f"{folder}: a model and no run; leave out --base")
-    config = find_base(read_run_config(folder), folder, base) if is_run else Config(base=str(folder))
+    config = find_base(read_run_config(folder), folder, base) if is_run else Config(base=as_folder(folder))
     wanted = dtype if dtype != "auto" else config.dtype
     content = adapter_of(folder, adapter) if is_run else None
     model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device), folder)
@@ -353,9 +359,9 @@ def find_base(config, folder, given=""):
     The configuration of a run with its base's folder as it is found now: `given`; else the path in config.toml, from the
     run's folder upwards, because it was said where the run's folder was named too; else that path from here.
     """
-    base = given or config.base
-    if base in ("", "new"):
+    if not given and config.base in ("", "new"):
         return config
+    base = as_folder(given) if given else config.base
     if not given and not Path(base).is_absolute():
         places = [parent / base for parent in Path(folder).resolve().parents]
         found = next((place for place in places if Path(place, "config.json").is_file()), None)
@@ -402,38 +408,113 @@ def adapter_in(state):
 
 
 def run_folder(config):
-    """The folder to write to. One that holds a run already is never written over."""
+    """The folder to write to. What somebody else has put there, or a run, is never written over."""
     if config.resume:
         return Path(config.resume)
-    given = config.out_dir
-    if given:
-        check(not Path(given, "config.toml").is_file(),
-              f"{given}: holds a run already; --resume {given} goes on with it, another --out_dir starts anew")
-        return Path(given)
+    if config.out_dir:
+        taken = why_taken(Path(config.out_dir))
+        check(not taken, f"{config.out_dir}: {taken}")                                          # fault 49
+        return Path(config.out_dir)
     folder, n = Path("out", config.method), 2
-    while Path(folder, "config.toml").is_file():
+    while why_taken(folder):
         folder, n = Path("out", f"{config.method}-{n}"), n + 1
     return folder
+
+
+# What a run that was stopped at its beginning, before it had written config.toml, leaves behind.
+LEFT = (".lock", ".*.tmp", "adapter.pt", "state.pt", "tokenizer*", "vocab.json", "merges.txt", template.KEPT)
+
+
+def why_taken(folder):
+    """Why no new run may write into a folder; "" where it may, because nothing is there but what LEFT describes."""
+    if (folder / "config.toml").is_file():
+        return f"holds a run already; {way_on(folder)}, another --out_dir starts anew"
+    if folder.exists() and not folder.is_dir():
+        return "is a file; choose another --out_dir"
+    names = [path.name for path in folder.glob("*")]
+    left = [name for name in names if any(fnmatch(name, pattern) for pattern in LEFT)]
+    others = set(names) - set(left if ".lock" in names else ())
+    return f"holds something that is no run's: {some(others)}; choose another --out_dir" if others else ""
+
+
+@contextmanager
+def telling_what_needs_less(config, folder):
+    """Running out of memory inside becomes a ValueError that names the next thing to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):                                                            # fault 37
+            raise
+        ways = " or ".join(what_needs_less(config, folder))
+        raise ValueError(f"out of memory at batch_size {config.batch_size}; try {ways}") from None
+
+
+def what_needs_less(config, folder):
+    """
+    What to try where memory does not suffice, as flags that such a run takes: one that has begun keeps its batch size, and its
+    last saved state is whole.
+    """
+    world, begun = machine.WORLD_SIZE, Path(folder, "config.toml").is_file()
+    half = config.batch_size // world // 2 * world
+    anew = "" if config.checkpointing else "--checkpointing"
+    if half:
+        anew = f"--batch_size {half} --gradient_accumulation_steps {2 * config.gradient_accumulation_steps}"
+    if anew and begun:
+        anew += " with another --out_dir"
+    ways = [anew or "a base in fewer bits (--quant nf4) or shorter sequences (--block_size)"]
+    if begun and not config.checkpointing:                                                      # fault 42
+        ways.append(f"--resume {folder} --checkpointing, which goes on from the last saved state")
+    return ways
 
 
 @contextmanager
 def only_writer(folder):
     """One process a folder: an advisory lock that ends with the process, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    lock = folder / ".lock"
+    with open(regular(lock) if lock.exists() else lock, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)                                    # fault 21
         except BlockingIOError:
-            raise ValueError(f"{folder}: another process is writing there; choose another --out_dir") from None
+            raise ValueError(f"{folder}: another process is writing there; wait until it has ended, or start a new run elsewhere with --out_dir") from None
         yield
 
 
+def wait_for_writers(folder, name):
+    """Waits until the folder holds a file of that name, which somebody is writing, or nobody writes there."""
+    lock = folder / ".lock"
+    while lock.is_file() and not (folder / name).is_file():
+        with open(lock, "rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                machine.say(f"another process is writing {folder}; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_SH)
+
+
 def write_beginning(run):
-    """Writes what identifies the run into its folder: the tokenizer and the resolved configuration."""
-    run.tokenizer.save(run.folder)
-    if run.chat is not None:
-        write_atomic(run.folder / template.KEPT, run.chat.source.encode())
-    write_atomic(run.folder / "config.toml", [write_toml(run.config).encode()])
+    """
+    Writes the tokenizer, and adapter and state as they are before the first step, so that there is always one to go on from;
+    at last the resolved configuration, which makes the folder a run.
+    """
+    if machine.RANK == 0:
+        run.tokenizer.save(run.folder)
+        if run.chat is not None:
+            write_atomic(run.folder / template.KEPT, run.chat.source.encode())
+        peft.save_adapter(run.model, run.folder / "adapter.pt")                                 # fault 41
+    save_state(run)                                                                             # fault 41
+    if machine.RANK == 0:
+        write_atomic(run.folder / "config.toml", write_toml(run.config).encode())
+
+
+def remember(run, given):
+    """Writes into a resumed run's config.toml what has changed by the flags of those names, and how long it is now."""
+    kept = read_run_config(run.folder)
+    changed = {name: getattr(run.config, name) for name in MAY_CHANGE if name in given | {"max_iters"}}
+    new = dataclasses.replace(kept, **changed)
+    if new != kept and machine.RANK == 0:
+        write_atomic(run.folder / "config.toml", write_toml(new).encode())                      # fault 44
 
 
 class Log:
@@ -443,19 +524,18 @@ class Log:
     """
 
     def __init__(self, path, first_step):
-        lines = path.read_text().splitlines(keepends=True) if first_step and path.is_file() else []
-        write_atomic(path, ["".join(line for line in lines if self.is_before(line, first_step)).encode()])
+        entries = read_json_lines(path) if first_step and path.is_file() else []
+        kept = [entry for entry in entries if self.is_before(entry, first_step)]
+        write_atomic(path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self.path = path
 
-    @staticmethod
-    def is_before(line, first_step):
+    def is_before(self, entry, first_step):
         """
-        Whether a line tells of what was done before that step; step i - 1 and the evaluation after it come
+        Whether an entry tells of what was done before that step; step i - 1 and the evaluation after it come
         before step i.
         """
-        entry = json.loads(line)
         is_step = "lr" in entry
-        return entry["step"] + is_step <= first_step
+        return typed("step", entry.get("step"), int, "log.jsonl: ") + is_step <= first_step
 
     def write(self, **entry):
         """Adds a line."""
@@ -490,7 +570,7 @@ def save_state(run):
     generators = generator_states()
     if machine.RANK == 0:
         state, link = run.folder / "state.pt", run.folder / "state.link"
-        if state.is_file():
+        if run.state_is_whole:                                                                  # fault 48
             link.unlink(missing_ok=True)                                                        # fault 8
             os.link(state, link)
             os.replace(link, run.folder / "state.before.pt")
@@ -498,6 +578,7 @@ def save_state(run):
             "config": dataclasses.asdict(run.config), "tensors": peft.adapter_state_dict(run.model),
             "optimizer": run.optimizer.state_dict(), "rng": generators, "data": run.batches.state_dict(),
             "progress": dict(run.progress), "fingerprints": run.fingerprints})
+    run.state_is_whole = True
     machine.gathered(None)                                       # Writing may outlast a step's patience.
 
 
@@ -512,31 +593,58 @@ def generator_states():
 
 def newest_state(folder):
     """The last state that was saved whole: state.pt, or the one before it with a warning."""
+    return find_state(folder)[0]
+
+
+def find_state(folder):
+    """(newest_state, whether it is in state.pt)."""
     try:
-        return read_file(folder / "state.pt")
+        return read_file(folder / "state.pt"), True
     except ValueError as error:
         before = folder / "state.before.pt"
         if before.is_file():                                                                    # fault 2
             print(f"{error}; going on from state.before.pt", file=sys.stderr)
-            return read_file(before)
+            return read_file(before), False
         raise
 
 
 def restore(run):
-    """The inverse of save_state. Whatever does not fit is refused before anything is changed."""
-    state = newest_state(run.folder)
+    """
+    The inverse of save_state; returns the configuration that the state was saved with. Whatever does not fit is refused
+    before anything is changed.
+    """
+    state, run.state_is_whole = find_state(run.folder)
     check_state(run, state)
     peft.load_state(run.model, state["tensors"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.batches.load_state_dict(state["data"])
     run.progress.update(state["progress"])
     rng, rank = state["rng"], machine.RANK
-    if rank >= len(rng["cpu"]):                                  # There are more processes than before.
+    if rank < len(rng["cpu"]):
+        torch.set_rng_state(rng["cpu"][rank])
+        if torch.cuda.is_initialized() and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"][rank])
+    else:                                                        # There are more processes than before.
         torch.manual_seed(state["config"]["seed"] + rank + 10**6 * run.progress["step"])
-        return
-    torch.set_rng_state(rng["cpu"][rank])
-    if torch.cuda.is_initialized() and "cuda" in rng:
-        torch.cuda.set_rng_state(rng["cuda"][rank])
+    return Config(**renamed(state["config"]))
+
+
+def told_of_interruption(run):
+    """Lines about where an interrupted run stands."""
+    folder = shlex.quote(str(run.folder))
+    yield f"interrupted after step {run.progress['step']}; python train.py --resume {folder} goes on"
+    if run.progress["evaluated"] < 0:
+        yield f"adapter.pt is untrained yet, because nothing was evaluated; python sample.py {folder} --adapter last"
+
+
+def told_of_resuming(run, before):
+    """Lines about where a resumed run stands, and what another length than before, in that configuration, does to it."""
+    config, step = run.config, run.progress["step"]
+    yield f"resumed    at step {step}"
+    if config.max_iters != before.max_iters and step < config.max_iters:
+        last, following = learning_rate(before, max(step - 1, 0)), learning_rate(config, step)
+        yield (f"schedule   {config.max_iters} steps instead of {before.max_iters}: the learning rate was {last:.2e} at the last "
+               f"step and goes on at {following:.2e}")
 
 
 def check_state(run, state):

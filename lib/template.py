@@ -17,13 +17,13 @@ character is taken out again before the text becomes tokens.
 
 import json
 import re
-import signal
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
-from lib.files import check, read_bytes, read_json, some
+from lib.checks import check, timed
+from lib.files import read_bytes, read_json, some
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -48,29 +48,16 @@ class Added:
 # the sandbox
 
 
-class TooLong(BaseException):
-    """Raised by the signal. No Exception, so that no `except Exception` on the way can keep it."""
-
-
 @contextmanager
 def limited(what):
     """ValueError(what it says, or how long it ran) where a template raises, or takes more than SECONDS."""
-    def ring(number, frame):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    except TooLong:
-        raise ValueError(f"{what} ran for more than {SECONDS} seconds") from None
-    except RecursionError:
-        raise ValueError(f"{what} nests too deeply") from None
-    except Exception as error:           # whatever a template makes jinja2 or Python raise
-        raise ValueError(f"{what} says: {' '.join(str(error).split()) or type(error).__name__}") from None
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    with timed(what, SECONDS):
+        try:
+            yield
+        except RecursionError:
+            raise ValueError(f"{what} nests too deeply") from None
+        except Exception as error:       # whatever a template makes jinja2 or Python raise
+            raise ValueError(f"{what} says: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def environment():

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,17 +32,23 @@ class Forks:
         self.server = subprocess.Popen([*python, __file__, str(folder), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
                                        cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"})
 
-    def run(self, argv, cwd, env, timeout=120, limit=()):
-        """limit: (name, bytes) for resource.setrlimit; writing beyond RLIMIT_FSIZE is then an error, as on a full disk."""
+    def run(self, argv, cwd, env, timeout=120, limit=(), kills=False):
+        """
+        limit: (name, bytes) for resource.setrlimit; writing beyond RLIMIT_FSIZE is then an error, as on a full disk. kills: a command
+        that does not end has the exit status -9. The result also has `cpu`, seconds, and `peak`, resident bytes.
+        """
         with tempfile.TemporaryDirectory() as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             print(json.dumps({"argv": [str(arg) for arg in argv], "cwd": str(cwd), "env": dict(env), "out": str(out), "err": str(err), "limit": limit}), file=self.server.stdin)
             pid = int(self.server.stdout.readline())
             if not select.select([self.server.stdout], [], [], timeout)[0]:
-                os.kill(pid, signal.SIGKILL)
-            code = int(self.server.stdout.readline())
+                with suppress(ProcessLookupError):               # It may have ended just now.
+                    os.kill(pid, signal.SIGKILL)
+            code, cpu, peak = map(float, self.server.stdout.readline().split())
+            code = int(code)
             done = subprocess.CompletedProcess(argv, code, out.read_text(errors="replace"), err.read_text(errors="replace"))
-        assert code != -signal.SIGKILL, f"{argv} did not end within {timeout} s\n{done.stdout}{done.stderr}"
+        done.cpu, done.peak = cpu, peak
+        assert kills or code != -signal.SIGKILL, f"{argv} did not end within {timeout} s\n{done.stdout}{done.stderr}"
         return done
 
     def close(self):
@@ -59,7 +66,8 @@ def serve(folder, *modules):
         if not (pid := os.fork()):
             become(**asked)
         print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        _, status, used = os.wait4(pid, 0)
+        print(os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, flush=True)
 
 
 def become(argv, cwd, env, out, err, limit):

@@ -1,5 +1,5 @@
 """
-The forty faults: one test each, the real fault in the real command where there is one. R: refused in one line, exit 2, nothing
+The faults of README's table: one test each, the real fault in the real command where there is one. R: refused in one line, exit 2, nothing
 that was there is changed.
 
     python -m pytest -q tests/test_faults.py
@@ -18,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -90,7 +91,7 @@ RESUME = ["train.py", "--resume", "run", "--max_iters", 6]
 def test_01_checkpoint_missing(refuse, here):
     for name in ("state.pt", "state.before.pt"):
         (here / "run" / name).unlink()
-    assert "state.pt: No such file" in refuse(*RESUME)
+    assert "run: has no state.pt to resume from" in refuse(*RESUME)
 
 
 def test_02_checkpoint_truncated(refuse, here, script):
@@ -385,7 +386,7 @@ def test_38_a_second_interrupt_ends_at_once():
     process.communicate()
 
 
-@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be a number above 0"),
+@pytest.mark.parametrize("flags, words", [("--targets gate", "no layer 'gate'; this model has q k v out up down"), ("--learning_rate -1", "learning_rate is -1.0"), ("--learning_rate nan", "learning_rate is nan"), ("--learning_rate 0", "it must be at least 1e-30"),
                                           ("--rank 0", "rank is 0; it must be at least 1"), ("--method nothing", "unknown method 'nothing'")])
 def test_39_nothing_to_train(refuse, flags, words):
     assert words in refuse(*TRAIN, *flags.split())
@@ -400,6 +401,170 @@ def test_40_merging_twice(refuse, here, monkeypatch):
         peft.merge(model)
     hub.merge_run(here / "run", here / "merged")
     assert "merged: holds something already" in refuse("hub.py", "merge", "run", "merged")
+
+
+class Stop(Exception):
+    """An end of a run that no program can see coming."""
+
+
+@pytest.fixture
+def stopped(here, monkeypatch):
+    """stopped(n, *flags): a run in "new" whose process ends at its step n, as by a kill, or by `error`."""
+    monkeypatch.chdir(here)
+
+    def stop(n, *flags, error=Stop):
+        steps = iter(range(n))
+
+        def step(*args):
+            if next(steps, None) is None:
+                raise error("out of memory" if error is MemoryError else "no more")
+            return run.step(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "step", step)
+            with pytest.raises((error, ValueError)) as raised:
+                train.train(command_line([*map(str, (*TRAIN[1:], *flags))]))
+        return str(raised.value)
+    return stop
+
+
+def interrupt(monkeypatch, after, *flags):
+    """A run in "new" that is asked to end after that many steps."""
+    counting = type("Counting", (), {"asks": 0, "asked": property(lambda self: setattr(self, "asks", self.asks + 1) or self.asks > after)})
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Interrupt", counting)
+        train.train(command_line([*map(str, (*TRAIN[1:], *flags))]))
+
+
+@pytest.mark.parametrize("error", [Stop, MemoryError])
+def test_41_a_run_that_stops_at_once(here, stopped, script, error):
+    stopped(0, error=error)
+    assert files.read_file(here / "new" / "state.pt")["progress"]["step"] == 0 and peft.read_adapter(here / "new" / "adapter.pt")
+    resumed, whole = script("train.py", "--resume", "new", cwd=here), script(*TRAIN, "--out_dir", "whole", cwd=here)
+    assert resumed.returncode == whole.returncode == 0, resumed.stderr
+    one, two = (peft.read_adapter(here / name / "adapter.pt")["tensors"] for name in ("new", "whole"))
+    assert all(torch.equal(t, two[n]) for n, t in one.items())
+
+
+def test_41_no_step_at_all(here, script):
+    done = script(*TRAIN, "--max_iters", 0, cwd=here)
+    metrics = json.loads((here / "new" / "metrics.json").read_text())
+    assert done.returncode == 0 and metrics["steps"] == 0 and metrics["val_loss"] == metrics["loss_before"] > 0
+    assert script("sample.py", "new", "--prompt", "item", "--max_new_tokens", 2, cwd=here).returncode == 0
+
+
+def test_41_an_interruption_before_the_first_evaluation(here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+    interrupt(monkeypatch, 1)
+    assert "adapter.pt is untrained yet" in capsys.readouterr().out
+    assert files.read_file(here / "new" / "state.pt")["progress"]["step"] == 1 and peft.read_adapter(here / "new" / "adapter.pt")
+
+
+def test_42_advice_leads_somewhere(refuse, here, stopped, script):
+    """Each command that a message names works; none is named that does not."""
+    line = stopped(1, "--batch_size", 8, error=MemoryError)
+    assert "try --batch_size 4 --gradient_accumulation_steps 2 with another --out_dir or --resume new --checkpointing" in line
+    assert script("train.py", "--resume", "new", "--checkpointing", cwd=here).returncode == 0
+    done = Config(batch_size=1, checkpointing=True)
+    assert run.what_needs_less(done, here / "new") == run.what_needs_less(done, here / "nowhere") == ["a base in fewer bits (--quant nf4) or shorter sequences (--block_size)"]
+    assert "--resume new goes on with it up to its 4 steps" in refuse(*TRAIN)
+    for name in ("state.pt", "state.before.pt"):
+        (here / "new" / name).unlink()
+    for command in (TRAIN, ["train.py", "--resume", "new"]):
+        assert "--init_from new starts a new run from its adapter" in (line := refuse(*command)) and "--resume new" not in line
+    assert script(*TRAIN, "--init_from", "new", "--out_dir", "other", cwd=here).returncode == 0
+    (here / "new" / "adapter.pt").unlink()
+    assert "nothing in it to go on with" in refuse(*TRAIN)
+
+
+def test_43_an_interrupted_run_that_is_resumed_past_its_end(here, script, monkeypatch):
+    monkeypatch.chdir(here)
+    interrupt(monkeypatch, 3, "--max_iters", 8, "--eval_interval", 8)
+    done = script("train.py", "--resume", "new", "--max_iters", 3, cwd=here)
+    metrics, state = json.loads((here / "new" / "metrics.json").read_text()), files.read_file(here / "new" / "state.pt")
+    assert done.returncode == 0 and metrics["steps"] == 3 and metrics["val_loss"] == state["progress"]["best"] < metrics["loss_before"]
+    kept = peft.read_adapter(here / "new" / "adapter.pt")["tensors"]
+    assert all(torch.equal(t, kept[n]) for n, t in state["tensors"].items())
+
+
+def test_44_what_was_changed_is_remembered(refuse, here, script):
+    before = read_toml(here / "run" / "config.toml")
+    refuse(*RESUME, "--rank", 3)
+    assert script(*RESUME, "--log_interval", 3, "--device", "cpu", cwd=here).returncode == 0
+    assert read_toml(here / "run" / "config.toml") == before | {"max_iters": 6, "log_interval": 3, "device": "cpu"}
+    done = script("train.py", "--resume", "run", cwd=here)
+    assert done.returncode == 0 and "resumed    at step 6" in done.stdout and "step     6/6" not in done.stdout
+
+
+def test_45_a_longer_schedule(here, script):
+    done = script(*RESUME, cwd=here)
+    rates = [json.loads(line)["lr"] for line in (here / "run" / "log.jsonl").read_text().splitlines() if '"lr"' in line]
+    assert f"schedule   6 steps instead of 4: the learning rate was {rates[3]:.2e} at the last step and goes on at {rates[4]:.2e}" in done.stdout and rates[3] < rates[4]
+    assert "schedule" not in script("train.py", "--resume", "run", cwd=here).stdout
+
+
+@pytest.mark.parametrize("method, flag, value", [("ia3", "targets", "q"), ("ia3", "lora_plus_ratio", "4"), ("lora", "prompt_init", "a"), ("bitfit", "rank", "2"), ("lora", "quant_block", "32"), ("vera", "alpha", "1")])
+def test_46_an_option_of_another_method(refuse, here, method, flag, value):
+    line = refuse(*TRAIN, "--method", method, f"--{flag}", value)
+    assert f"command line: {flag} is " in line and (f"the method is {method}" in line or "--quant says which" in line)
+    (here / "flags.toml").write_text("rank = 2\n")
+    assert "rank is an option of lora" in refuse("train.py", "flags.toml", *TRAIN[1:], "--method", "ia3")
+
+
+def test_47_counts(here, script):
+    flags = ["--method", "prefix", "--prefix_style", "after", "--prefix_length", 4, "--prefix_mlp", 8]
+    done = script(*TRAIN, *flags, cwd=here)
+    metrics, held = json.loads((here / "new" / "metrics.json").read_text()), peft.read_adapter(here / "new" / "adapter.pt")["parameters"]
+    assert metrics["trainable"] > metrics["adapter_parameters"] == held == 2 * 2 * 4 * 32
+    assert f"trained    {metrics['trainable']:,} of " in done.stdout and f"; the adapter keeps {held:,}" in done.stdout
+    done = script(*TRAIN, "--lora_plus_ratio", 4, "--out_dir", "plus", cwd=here)
+    steps = [entry for entry in map(json.loads, (here / "plus" / "log.jsonl").read_text().splitlines()) if "lr" in entry]
+    assert "B of LoRA learns at 4 times the learning rate" in done.stdout and steps and all(entry["lr_B"] == 4 * entry["lr"] for entry in steps)
+    done = script(*TRAIN, "--lora_plus_ratio", 1, "--out_dir", "plain", cwd=here)
+    assert "LoRA+" not in done.stdout and "lr_B" not in (here / "plain" / "log.jsonl").read_text()
+    done = script(*TRAIN, "--method", "prompt", "--prompt_length", 2, "--prompt_init", "item 3 text", "--out_dir", "prompt", cwd=here)
+    assert re.search(r"prompt: 2 vectors before the input, from the first 2 of \d+ tokens", done.stdout)
+
+
+def test_48_the_disk_fills_while_a_torn_state_is_replaced(here, script):
+    folder = here / "run"
+    whole = (folder / "state.before.pt").read_bytes()
+    (folder / "state.pt").write_bytes((folder / "state.pt").read_bytes()[:5000])
+    for limit in (10_000, 10**9):
+        assert (folder / "state.before.pt").read_bytes() == whole
+        done = script("train.py", "--resume", "run", "--max_iters", 5, cwd=here, limit=("RLIMIT_FSIZE", limit))
+    assert done.returncode == 0 and files.read_file(folder / "state.pt")["progress"]["step"] == 5
+    with open(folder / "log.jsonl", "a") as log:                 # The disk was full in the middle of a line.
+        log.write('{"step": 5, "lo')
+    assert script("train.py", "--resume", "run", "--max_iters", 6, cwd=here).returncode == 0
+
+
+def test_49_a_folder_with_something_else_in_it(refuse, here, script):
+    (here / "new").mkdir()
+    for name in ("thesis.tex", "config.json", "adapter.pt"):
+        (here / "new" / name).write_text("work of years")
+        assert f"new: holds something that is no run's: {name}" in refuse(*TRAIN)
+        (here / "new" / name).unlink()
+    (here / "new" / ".lock").touch()
+    for name in ("state.pt", ".state.pt.77.tmp", "adapter.pt", "tokenizer.model"):          # A run was killed at its beginning.
+        (here / "new" / name).write_bytes(b"half")
+    assert script(*TRAIN, cwd=here).returncode == 0
+    assert not (here / "new" / "state.before.pt").read_bytes() == b"half"
+
+
+def test_50_two_first_runs(here, script):
+    """Both pretrain out/base: the second waits for the first."""
+    (here / "out" / "base").mkdir(parents=True)
+    lock = open(here / "out" / "base" / ".lock", "w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    def finish():
+        shutil.copytree(here / "base", here / "out" / "base", dirs_exist_ok=True)
+        lock.close()
+    timer = threading.Timer(2, finish)
+    timer.start()
+    done = script("train.py", "--data", "data.jsonl", *SHORT, cwd=here)
+    timer.join()
+    assert done.returncode == 0 and "another process is writing out/base; waiting for it" in done.stdout and "base       out/base: 2 layers" in done.stdout
 
 
 # -----------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def change(folder, **keys):
 
 @pytest.mark.parametrize("keys, words", [
     (dict(model_type="bloom"), "model_type is 'bloom': ALiBi"), (dict(model_type="bloomy"), "model_type is 'bloomy'; it must be one of gpt2, opt, llama"),
-    (dict(n_layer="gone"), "n_layer is missing"), (dict(n_layer="two"), "n_layer is 'two'; it must be int"),
+    (dict(n_layer="gone"), "n_layer is missing"), (dict(n_layer="two"), "n_layer is 'two'; it must be a whole number"),
     (dict(activation_function="mish"), "activation_function is 'mish'"), (dict(n_head=5), "n_embd 32 is not a multiple of n_head 5"),
     (dict(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx is True; only False is supported"),
     (dict(new_idea=3), "unknown key 'new_idea'"), (dict(n_layer=3), "12 tensors missing: transformer.h.2"), (dict(n_layer=1), "12 tensors not known: transformer.h.1"),

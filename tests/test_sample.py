@@ -257,8 +257,9 @@ def test_batches_to_evaluate_become_sequences(tmp_path):
     path = str(tmp_path / "config.toml")
     assert config.command_line([path]).eval_sequences == 320 and config.command_line([path, "--eval_batches", "3"]).eval_sequences == 48
     assert config.command_line([path, "--eval_sequences", "7"]).eval_sequences == 7 and config.command_line(["--eval_batches=0"]).eval_sequences == 0
+    (tmp_path / "state.pt").touch()
     assert config.command_line(["--resume", str(tmp_path), "--eval_batches", "20"]).eval_sequences == 320
     with pytest.raises(ValueError, match="eval_sequences was 320 and cannot become 80"):
         config.command_line(["--resume", str(tmp_path), "--eval_batches", "5"])
-    with pytest.raises(ValueError, match="epochs is nan; it must be a number, at least 0"):
+    with pytest.raises(ValueError, match="epochs is nan; it must be at least 0"):
         config.command_line(["--epochs", "nan"])

@@ -87,11 +87,11 @@ def test_qlora_is_lora_on_nf4():
     ("--rank 0", "rank is 0; it must be at least 1"),
     ("--rank", "--rank needs a value"),
     ("--learning_rate nan", "learning_rate is nan"),
-    ("--learning_rate -1", "learning_rate is -1.0; it must be a number above 0"),
-    ("--learning_rate 0", "learning_rate is 0.0; it must be a number above 0"),
+    ("--learning_rate -1", "learning_rate is -1.0; it must be at least 1e-30 and at most 1,000"),
+    ("--learning_rate 0", "learning_rate is 0.0; it must be at least 1e-30 and at most 1,000"),
     ("--dropout 1", "dropout is 1.0"),
     ("--quant nf5", "unknown scheme 'nf5'; nearest: nf4"),
-    ("rank 3", "rank: no such file"),
+    ("rank 3", "rank: No such file"),
     ("--rank 3 stray", "'stray' is neither a flag"),
     ("--resume nowhere", "nowhere: no run to resume there"),
     ("--compile maybe", "compile is 'maybe'; it must be true or false"),
@@ -112,7 +112,7 @@ def test_mistakes_in_a_file(tmp_path, text, words):
 
 
 @settings(deadline=None, derandomize=True, max_examples=50)
-@given(st.text(st.characters(codec="utf-8")), st.floats(1e-12, 1e12), st.booleans())
+@given(st.text(st.characters(codec="utf-8", exclude_characters="\0")), st.floats(1e-12, 1000), st.booleans())
 def test_configuration_survives_its_file(tmp_path_factory, text, number, switch):
     path = tmp_path_factory.mktemp("toml") / "config.toml"
     config = Config(prompt_init=text, learning_rate=number, compile=switch)
@@ -216,4 +216,4 @@ def test_dry_run_writes_nothing(script, real_data, tmp_path):
 def test_a_folder_that_holds_a_run_is_never_written_over(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
-    assert "run: holds a run already; --resume run goes on with it" in refused("train.py", "--out_dir", "run", cwd=tmp_path)
+    assert "run: holds a run already; --resume run goes on with it up to its" in refused("train.py", "--out_dir", "run", cwd=tmp_path)
