@@ -34,7 +34,7 @@ class Forks:
 
     def run(self, argv, cwd, env, timeout=120, limit=(), kills=False):
         """
-        limit: (name, bytes) for resource.setrlimit; writing beyond RLIMIT_FSIZE is then an error, as on a full disk. kills: a command
+        limit: (name, bytes) for resource.setrlimit, RLIMIT_AS beyond what the process has already; writing beyond RLIMIT_FSIZE is then an error, as on a full disk. kills: a command
         that does not end has the exit status -9. The result also has `cpu`, seconds, and `peak`, resident bytes.
         """
         with tempfile.TemporaryDirectory() as folder:
@@ -78,7 +78,10 @@ def become(argv, cwd, env, out, err, limit):
     os.environ.update(env)
     if limit:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(getattr(resource, limit[0]), (limit[1], limit[1]))
+        name, size = limit
+        if name == "RLIMIT_AS":          # How much torch's libraries take of it differs from version to version.
+            size += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(getattr(resource, name), (size, size))
     sys.argv, code = argv, 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
