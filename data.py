@@ -549,8 +549,8 @@ class Batches:
             same = key in ("epoch", "index") or state[key] == value
             check(same, f"the position in the data is for {key} {state[key]}, this run has {value}")
         epoch, index = state["epoch"], state["index"]
-        plan = self.plan_of(max(epoch, 0))
-        exists = epoch >= 0 and 0 <= index <= len(plan)
+        plan = self.plan_of(min(max(epoch, 0), 2**31))
+        exists = 0 <= epoch < 2**31 and 0 <= index <= len(plan)
         check(exists, f"the position in the data, epoch {epoch} batch {index}, does not exist")
         self.epoch, self.index, self.plan = epoch, index, plan
 

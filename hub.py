@@ -70,6 +70,7 @@ from lib.origin import read_origin
 from lib.peft_format import to_peft
 from lib.peft_import import from_peft, rows_of
 from lib.template import KEPT
+from model import GPT
 
 # -----------------------------------------------------------------------------
 # what a new run starts from
@@ -157,7 +158,20 @@ def method_of(config, before, content):
 def read_run(run, base="", adapter="best"):
     """(Config, adapter's content) of a run's folder. base and adapter: as in lib.run.load_run."""
     check(Path(run, "config.toml").is_file(), f"{run}: no run there, it has no config.toml")
-    return runs.find_base(read_run_config(run), run, base), runs.adapter_of(run, adapter)
+    config, content = runs.find_base(read_run_config(run), run, base), runs.adapter_of(run, adapter)
+    check_fits(content, config, run)
+    return config, content
+
+
+def check_fits(content, config, where):
+    """ValueError unless the adapter's tensors are those of its methods over the run's base, of which the shape alone is read."""
+    shape = read_origin(config.base).config
+    rows = max(shape.vocab_size, rows_of(content["tensors"].get(peft.TABLE)))            # with added tokens
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(shape, vocab_size=rows))
+    model.base_fingerprint = content["base"]
+    peft.apply(model, content["method"], **content["options"])
+    peft.check_tensors(content["tensors"], peft.adapter_state_dict(model), where)
 
 
 def unused(path):
@@ -273,6 +287,7 @@ def show(run, adapter="best"):
     """What is in an adapter, as lines: what it is, and each layer's change with its norm and effective rank."""
     path = Path(run)
     content = runs.adapter_of(run, adapter) if path.is_dir() else peft.read_adapter(path)
+    peft.check_alone(content, path)
     tensors, options = content["tensors"], content["options"]
     yield (f"{path}: {content['method']}, format {content['format']}, {content['parameters']:,} parameters "
            f"in {len(tensors)} tensors, base {content['base'][:12]}")

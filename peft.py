@@ -923,6 +923,7 @@ def adapter_state_dict(model):
 def load_state(model, tensors, where="state"):
     """Sets the trained tensors. Keys, shapes, types and values are all checked before the first is written."""
     own = adapter_state_dict(model)
+    check(holds_tensors_by_name(tensors), f"{where}: holds something else than tensors by name")
     check_tensors(tensors, own, where)
     with torch.no_grad():
         for name, t in own.items():
@@ -988,6 +989,8 @@ def fold_prefix(tensors):
     for name in tensors:
         start, found, _ = name.partition(".prefix.E")
         if found:
+            missing = {f"{start}.prefix.{part}" for part in PREFIX_MLP} - tensors.keys()
+            check(not missing, f"the prefix's reparametrization lacks {some(missing)}")
             E, W_1, b_1, W_2, b_2 = (tensors[f"{start}.prefix.{part}"].detach() for part in PREFIX_MLP)
             hidden = torch.tanh(F.linear(E, W_1, b_1))
             s_k, s_v = F.linear(hidden, W_2, b_2).chunk(2, -1)
@@ -1024,9 +1027,9 @@ def read_adapter(path):
     return content | {"options": options}
 
 
-def read_alone(path):
-    """The same of an adapter that is looked at without its base: its values are checked, and that each A has its B."""
-    content = read_adapter(path)
+def check_alone(content, path):
+    """The content (read_adapter) of an adapter that is looked at without its base, whose values are checked, and that each A has
+    its B."""
     tensors = content["tensors"]
     for name, t in tensors.items():
         check_values(name, t, path)

@@ -105,7 +105,7 @@ def spectra(folders):
     fig, axes = figure(1, len(folders), width, squeeze=False, sharey=True)
     for ax, folder in zip(axes[0], folders):
         path = Path(folder, "adapter.pt") if Path(folder).is_dir() else Path(folder)
-        tensors = peft.read_alone(path)["tensors"]
+        tensors = peft.check_alone(peft.read_adapter(path), path)["tensors"]
         layers = [name.removesuffix(".A") for name in tensors if name.endswith(".A")]
         check(layers, f"{path}: no LoRA in it, so no spectrum to draw")
         kinds = sorted({layer.split(".")[-1] for layer in layers})

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import warnings
 import zipfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,10 +149,17 @@ def read_file(path):
     check(whole, f"{path}: truncated, damaged or not a file of this project, its checksum is wrong")    # fault 3
     with refusing(f"{path}: not a file of this project"):
         check_archive(io.BytesIO(raw), len(raw))
-        content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)                    # fault 4
+        content = load_quietly(io.BytesIO(raw))
     check(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not a dict")
     check_plain(content, path)
     return content
+
+
+def load_quietly(source, **options):
+    """What torch.save has written, on the CPU; nothing in it is run, and torch's warnings are kept from the one line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.load(source, map_location="cpu", weights_only=True, **options)                     # fault 4
 
 
 def check_archive(file, size):
@@ -267,7 +275,7 @@ def read_bin(path):
         mapped = zipfile.is_zipfile(path)      # files from before 2020 are not, and cannot be mapped
         if mapped:
             check_archive(path, Path(path).stat().st_size)
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)                  # fault 4
+        content = load_quietly(path, mmap=mapped)
     check(holds_tensors_by_name(content), f"{damaged} (it does not hold tensors by name)")
     check_plain(content, path)
     return content.items()

@@ -25,8 +25,9 @@ import quant
 from lib import checkpoint, machine, template
 from lib.config import (FIELDS, MAY_CHANGE, Config, as_folder, method_options, out_of_memory,
                         read_run_config, renamed, way_on, write_toml)
-from lib.checks import regular, typed
-from lib.files import check, located, read_file, read_json_lines, save_file, some, write_atomic
+from lib.checks import LONG, bounded, regular, shown, typed
+from lib.files import (check, holds_tensors_by_name, located, read_file, read_json_lines, save_file, some,
+                       write_atomic)
 from lib.kernels import simulating
 from lib.origin import read_origin
 from lib.tokenizer import end_ids
@@ -386,7 +387,7 @@ def adapter_of(folder, which="best"):
     steps = {int(path.stem.partition("-")[2]) for path in Path(folder).glob("adapter-*.pt")}
     for name in ("state.pt", "state.before.pt"):
         if Path(folder, name).is_file():
-            state = read_file(Path(folder, name))
+            state = checked_state(read_file(Path(folder, name)), Path(folder, name))
             step = state["progress"]["step"]
             if str(step) == str(which):
                 return adapter_in(state)
@@ -599,13 +600,39 @@ def newest_state(folder):
 def find_state(folder):
     """(newest_state, whether it is in state.pt)."""
     try:
-        return read_file(folder / "state.pt"), True
+        state = read_file(folder / "state.pt")
     except ValueError as error:
         before = folder / "state.before.pt"
         if before.is_file():                                                                    # fault 2
             print(f"{error}; going on from state.before.pt", file=sys.stderr)
-            return read_file(before), False
+            return checked_state(read_file(before), before), False
         raise
+    return checked_state(state, folder / "state.pt"), True
+
+
+PARTS = ("config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints")
+PROGRESS = {"step": int, "best": float, "skipped": int, "skipped_in_a_row": int, "seconds": float, "tokens": int,
+            "waited": int, "evaluated": int, "before": float, "samples": list}
+
+
+def checked_state(state, where):
+    """The content of a state's file; ValueError unless it has the parts of such, and says of the progress what can be."""
+    with located(where):
+        for name in PARTS:
+            typed(name, state.get(name), dict)
+        unknown = renamed(state["config"]).keys() - FIELDS.keys()
+        check(not unknown, f"its config has {some(map(shown, unknown))}, which is not known")
+        check(holds_tensors_by_name(state["tensors"]), "its tensors are something else than tensors by name")
+        typed("base", state["fingerprints"].get("base"), str)
+        progress = {"evaluated": -1} | state["progress"]
+        for name, kind in PROGRESS.items():
+            value = typed(name, progress.get(name), kind)
+            if kind is int:
+                bounded(name, value, table={name: (-1 if name == "evaluated" else 0, LONG**2)})
+        for pair in progress["samples"]:
+            texts = isinstance(pair, (tuple, list)) and [type(text) for text in pair] == [str, str]
+            check(texts, f"samples hold {shown(pair)}, not a prompt and a text")
+    return state
 
 
 def restore(run):
@@ -650,9 +677,9 @@ def told_of_resuming(run, before):
 def check_state(run, state):
     """ValueError unless the state belongs to the run."""
     where = run.folder
-    missing = {"config", "tensors", "optimizer", "rng", "data", "progress", "fingerprints"} - state.keys()
-    check(not missing, f"{where}: lacks {', '.join(sorted(missing))}; it cannot be resumed")
-    check(type(state["rng"].get("cpu")) is list, f"{where}: lacks the state of the random generator; it cannot be resumed")  # fault 16
+    own, generators = torch.get_rng_state(), state["rng"].get("cpu")
+    kept = isinstance(generators, list) and generators and all(is_like(t, own) for t in generators)
+    check(kept, f"{where}: lacks the state of the random generator; it cannot be resumed")  # fault 16
     for what, value in run.fingerprints.items():
         check(state["fingerprints"].get(what) == value, f"{where}: the {what} has changed since that run (its fingerprint differs)")  # fault 19
     config = renamed(state["config"])
@@ -663,11 +690,30 @@ def check_state(run, state):
     check(fits(run.optimizer, state["optimizer"]), f"{where}: its optimizer state does not fit the trained tensors")  # fault 15
 
 
+def is_like(t, own):
+    """Whether t is a tensor of own's shape and type."""
+    return isinstance(t, torch.Tensor) and t.shape == own.shape and t.dtype == own.dtype
+
+
 def fits(optimizer, state):
-    """Whether an optimizer's state_dict has the optimizer's groups, and moments of its parameters' shapes."""
-    sizes = [[len(group["params"]) for group in groups] for groups in (optimizer.param_groups, state["param_groups"])]
-    if sizes[0] != sizes[1]:
+    """
+    Whether an optimizer's state_dict has the optimizer's groups with their settings, but for the learning rate of the moment,
+    and moments of its parameters' shapes.
+    """
+    own, groups = optimizer.state_dict(), state.get("param_groups")
+    dicts = isinstance(groups, list) and all(isinstance(part, dict) for part in groups)
+    if not dicts or len(groups) != len(own["param_groups"]):
         return False
+    for mine, theirs in zip(own["param_groups"], groups):
+        if any(theirs.get(name, value) != value for name, value in mine.items() if name != "lr"):
+            return False
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return all(moments[name].shape == parameters[i].shape
-               for i, moments in state["state"].items() for name in ("exp_avg", "exp_avg_sq"))
+    moments = typed("state", state.get("state"), dict)
+    known = moments.keys() <= set(range(len(parameters)))
+    return known and all(are_moments(part, parameters[i]) for i, part in moments.items())
+
+
+def are_moments(part, parameter):
+    """Whether a part of an optimizer's state is AdamW's of that parameter."""
+    wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    return isinstance(part, dict) and all(is_like(part.get(name), own) for name, own in wanted.items())
