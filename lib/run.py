@@ -620,8 +620,8 @@ def checked_state(state, where):
     with located(where):
         for name in PARTS:
             typed(name, state.get(name), dict)
-        unknown = renamed(state["config"]).keys() - FIELDS.keys()
-        check(not unknown, f"its config has {some(map(shown, unknown))}, which is not known")
+        unknown = [shown(name) for name in renamed(state["config"]) if name not in FIELDS]
+        check(not unknown, f"its config has {some(unknown)}, which is not known")
         check(holds_tensors_by_name(state["tensors"]), "its tensors are something else than tensors by name")
         typed("base", state["fingerprints"].get("base"), str)
         progress = {"evaluated": -1} | state["progress"]
