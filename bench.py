@@ -27,13 +27,13 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lib.checks import Parser, check, checked, parse_json
 from lib.config import Config, run_main
 
 
 def parse(args):
     """The command line."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "grow", "worker"))
     parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
     parser.add_argument("--base", help="a checkpoint's folder, a preset, or llama-124m (default of loss)")
@@ -51,10 +51,6 @@ def parse(args):
     parser.add_argument("--peer", action="store_true", help="measure the peers as well")
     parsed = parser.parse_args(args)
     parsed.base = parsed.base or ("llama-124m" if parsed.what == "loss" else "gpt2")
-    for name in ("rank", "batch", "seq", "steps", "rounds"):
-        value = getattr(parsed, name)
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
     return parsed
 
 
@@ -69,7 +65,6 @@ import memory
 import peft
 import quant
 from lib import checkpoint, machine, origin, run
-from lib.files import check
 from lib.report import size, table
 from model import GPT
 
@@ -535,7 +530,9 @@ def base_folder(name, folder):
 def main(args):
     """Measures, prints a table, and as the last line JSON."""
     if args.what == "worker":
-        job = Job(**json.loads(args.job))
+        content = parse_json(args.job or "", "the worker's job")
+        fields = dataclasses.fields(Job)
+        job = Job(**{field.name: checked(field.name, content.get(field.name), field.type) for field in fields})
         print(json.dumps(MEASURES[job.what](job)))
         return
     dtype = machine.pick_dtype(args.dtype, machine.pick_device(args.device))

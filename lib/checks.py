@@ -68,8 +68,9 @@ BOUNDS = {                       # name: the least value and the largest one; "o
     # generation and scores
     "temperature": (0.001, 1000, "or 0"), "top_k": (1, 2**30), "top_p": (1e-6, 1), "max_new_tokens": (1, LONG),
     "beams": (1, 256), "length_penalty": (-5, 5), "no_repeat_ngram": (0, LONG), "limit": (0, LONG),
-    # memory.py and hub.py
-    "batch": (1, WIDE), "seq": (1, 2**30), "weights": (-10**6, 10**6)}
+    # memory.py, hub.py and bench.py
+    "batch": (1, WIDE), "seq": (1, 2**30), "weights": (-10**6, 10**6), "steps": (1, LONG),
+    "rounds": (1, LONG)}
 SHAPE = {                        # of a model, as model.GPTConfig names it
     "vocab_size": (1, 2**24), "block_size": (1, 2**30), "n_layer": (1, 1024), "n_head": (1, 2**16), "n_embd": (1, WIDE),
     "n_kv_head": (1, 2**16, "or 0"), "n_ffn": (1, 2**24, "or 0"), "head_dim": (1, 2**16, "or 0"),

@@ -92,6 +92,8 @@ def test_01_checkpoint_missing(refuse, here):
     for name in ("state.pt", "state.before.pt"):
         (here / "run" / name).unlink()
     assert "run: has no state.pt to resume from" in refuse(*RESUME)
+    (here / "run" / "adapter.pt").unlink()
+    assert "run/adapter.pt: No such file" in refuse(*SAMPLE)
 
 
 def test_02_checkpoint_truncated(refuse, here, script):
