@@ -531,8 +531,8 @@ def main(args):
     """Measures, prints a table, and as the last line JSON."""
     if args.what == "worker":
         content = parse_json(args.job or "", "the worker's job")
-        fields = dataclasses.fields(Job)
-        job = Job(**{field.name: checked(field.name, content.get(field.name), field.type) for field in fields})
+        kinds = {field.name: field.type for field in dataclasses.fields(Job)}
+        job = Job(**{name: checked(name, content.get(name), kind) for name, kind in kinds.items()})
         print(json.dumps(MEASURES[job.what](job)))
         return
     dtype = machine.pick_dtype(args.dtype, machine.pick_device(args.device))
