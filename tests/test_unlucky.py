@@ -16,6 +16,7 @@ import socket
 import struct
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections import Counter, defaultdict
 from contextlib import closing
@@ -31,7 +32,7 @@ import peft
 from conftest import ROOT, tiny
 from forks import OURS, Forks
 from lib import checkpoint, files
-from lib.config import FIELDS, METHOD_OPTIONS, Config
+from lib.config import FIELDS, Config
 from model import GPT
 
 SHORT = ["--max_iters", "2", "--batch_size", "4", "--eval_interval", "2", "--eval_sequences", "4", "--warmup_iters", "1", "--sample_count", "0", "--dtype", "float32"]
@@ -280,13 +281,6 @@ class Tensors(NamedTuple):
     make: object
 
 
-def rebuilt(function, *args):
-    class Made:
-        def __reduce__(self):
-            return function, args
-    return Made()
-
-
 BIN = (Tensors("sparse", lambda t: t.to_sparse()), Tensors("csr", lambda t: t.to_sparse_csr() if t.dim() == 2 else t), Tensors("meta", lambda t: t.to("meta")), Tensors("float8", lambda t: t.to(torch.float8_e4m3fn)),
        Tensors("complex", lambda t: t.to(torch.complex64)), Tensors("expanded", lambda t: torch.zeros(1).expand(10**6, 10**6)), Tensors("numbers", lambda t: 3.0), Tensors("lists", lambda t: [1.0]), Tensors("bool", lambda t: t > 0),
        Tensors("quantized", lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)), Tensors("parameters", torch.nn.Parameter))
@@ -355,7 +349,8 @@ def put_special(name, kind):
         elif kind == "socket":
             here = Path.cwd()
             os.chdir(path.parent)
-            socket.socket(socket.AF_UNIX).bind(path.name)
+            with socket.socket(socket.AF_UNIX) as end:
+                end.bind(path.name)
             os.chdir(here)
         else:
             path.symlink_to(SPECIAL[kind])
@@ -441,7 +436,8 @@ def verdict(situation, world, script, honest):
         here = Path(folder, "w")
         shutil.copytree(world, here)
         if situation.spoil:
-            situation.spoil(here)
+            with warnings.catch_warnings(action="ignore"):       # torch's, about rare kinds of tensors
+                situation.spoil(here)
         before = tree(here)
         done = script(situation.command, here)
         after = tree(here)
