@@ -89,6 +89,7 @@ import peft
 import quant
 from lib import kernels, origin, run
 from lib.files import check
+from lib.generation import Cache, ready_layers
 from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
@@ -151,11 +152,12 @@ class Tracker(TorchDispatchMode):
     takes and gives back within is not seen.
     """
 
-    def __init__(self, model, optimizer=None, device="cpu"):
+    def __init__(self, model, optimizer=None, device="cpu", outside="temporaries"):
+        """outside: the part of what is made outside of every module's forward pass."""
         super().__init__()
         self.model, self.device, self.unit = model, device, ALLOCATION_UNIT[device]
         self.forwards = {module: origin_of_forward(name) for name, module in model.named_modules()}
-        self.running = [("temporaries", "")]     # (part, layer) of the running forward passes, innermost last
+        self.running = [(outside, "")]           # (part, layer) of the running forward passes, innermost last
         self.live = {}                           # address of a storage -> its serial number
         self.origins = []                        # serial number -> (part, layer)
         self.changes = []                        # (serial number, bytes), negative where a storage is freed
@@ -322,6 +324,29 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
         report["parts"] |= {"cuBLAS workspace": CUBLAS_WORKSPACE, "CUDA context": CUDA_CONTEXT}
         report["peak"] += CUBLAS_WORKSPACE + CUDA_CONTEXT
     return report | {"method": method, "batch": batch, "seq": seq}
+
+
+def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda",
+                        storage=None, **options):
+    """
+    The peak of writing up to seq tokens in each of batch rows, the prompts among them: {"peak", "parts"} in
+    bytes. It is of the first token, from a prompt of all seq tokens but one, and the last one; the copies of the
+    layers count as made, though a process that lacks the memory goes on without. Arguments as for simulate.
+    """
+    config = preset(config) if isinstance(config, str) else config
+    check_shape(config, method, batch, seq, options)
+    storage = storage or peft.default_storage(method)
+    with torch.no_grad(), FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
+        model = fake_model(config, method, dtype, storage, options).eval()
+        with Tracker(model, device=device, outside="copies of the layers") as tracker:
+            cache = Cache(config.n_layer, seq)
+            with ready_layers(model, batch):
+                tracker.running.append(("temporaries", ""))      # What was made before are the layers' copies.
+                for n_tokens in (seq - 1, 1):
+                    x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
+                    model.head(x[:, -1]).argmax(-1)
+        report = tracker.report()
+    return {"peak": report["peak"], "parts": report["parts"]}
 
 
 def preset(name):

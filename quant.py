@@ -654,6 +654,11 @@ class QuantLinear(nn.Module):
         """The weight, (out, in), in dtype."""
         return self.weight_q.dequantize(dtype)
 
+    def dense(self, dtype):
+        """Weight (out, in) and bias (out,) or None as the layer computes with them on inputs of that type."""
+        dtype = self.compute_dtype or dtype
+        return self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype)
+
     def forward(self, x):
         x = x.to(self.compute_dtype or x.dtype)
         return lora_linear(x, self.weight_q, self.bias, None, None, 0.0)
