@@ -16,6 +16,7 @@ does, and the attention is torch's flash kernel for a CPU, which keeps the same 
 """
 
 import argparse
+import dataclasses
 import difflib
 import functools
 import itertools
@@ -90,6 +91,7 @@ from torch.utils._pytree import tree_leaves
 import peft
 import quant
 from lib import kernels, origin, run
+from lib.generation import Cache, ready_layers
 from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
@@ -152,14 +154,17 @@ class Tracker(TorchDispatchMode):
     takes and gives back within is not seen.
     """
 
-    def __init__(self, model, optimizer=None, device="cpu"):
+    def __init__(self, model, optimizer=None, device="cpu", outside="temporaries"):
+        """outside: the part of what is made outside of every module's forward pass."""
         super().__init__()
         self.model, self.device, self.unit = model, device, ALLOCATION_UNIT[device]
         self.forwards = {module: origin_of_forward(name) for name, module in model.named_modules()}
-        self.running = [("temporaries", "")]     # (part, layer) of the running forward passes, innermost last
+        self.running = [(outside, "")]           # (part, layer) of the running forward passes, innermost last
         self.live = {}                           # address of a storage -> its serial number
         self.origins = []                        # serial number -> (part, layer)
         self.changes = []                        # (serial number, bytes), negative where a storage is freed
+        self.blocks = {block: k for k, block in enumerate(model.blocks)}
+        self.marks = [(0, ("beginning", 0))]     # (changes so far, what begins there and of which block)
         self.add_resident(optimizer)
 
     def add_resident(self, optimizer):
@@ -207,10 +212,27 @@ class Tracker(TorchDispatchMode):
     def enter(self, module, inputs):
         """A module's forward pass begins."""
         self.running.append(self.forwards.get(module, self.running[-1]))
+        if module in self.blocks:
+            self.mark("forward", self.blocks[module])
 
     def leave(self, module, inputs, output):
         """A module's forward pass ends."""
         self.running.pop()
+        if module in self.blocks:
+            self.mark("after", self.blocks[module])
+            if output is not None and output.requires_grad:      # None: it was left by an exception.
+                output.register_hook(functools.partial(self.mark_backward, self.blocks[module]))
+
+    def mark(self, what, k=0):
+        """Notes that something begins of block k."""
+        self.marks.append((len(self.changes), (what, k)))
+
+    def mark_backward(self, k, gradient):
+        """The backward pass comes to block k."""
+        self.mark("backward", k)
+        if k == len(self.blocks) - 1:
+            at_the_end = functools.partial(self.mark, "optimizer")
+            torch.autograd.Variable._execution_engine.queue_callback(at_the_end)
 
     def add_gradient(self, p):
         """The backward pass has made the gradient of a parameter."""
@@ -231,21 +253,109 @@ class Tracker(TorchDispatchMode):
             hook.remove()
         return super().__exit__(*args)
 
+    def totals(self):
+        """The bytes that were live after 0, 1, 2 .. changes."""
+        return list(itertools.accumulate((n for _, n in self.changes), initial=0))
+
     def report(self):
         """
         {"peak": bytes, "parts": {part: bytes}, "layers": {layer: bytes of its activations}} when most bytes
         were live. The parts sum to the peak exactly.
         """
-        totals = list(itertools.accumulate((n for _, n in self.changes), initial=0))
-        peak = max(totals)
+        totals = self.totals()
+        return ordered(*self.content(totals.index(max(totals))))
+
+    def content(self, n_changes):
+        """({part: bytes}, {layer: bytes}) that were live after that many changes."""
         parts, layers = Counter(), Counter()
-        for serial, n in self.changes[:totals.index(peak)]:
+        for serial, n in self.changes[:n_changes]:
             part, layer = self.origins[serial]
             parts[part] += n
             layers[layer] += n
-        del layers[""]
-        parts = sorted((+parts).most_common(), key=lambda item: GROUPS.get(item[0].split()[0], 4))
-        return {"peak": peak, "parts": dict(parts), "layers": dict(+layers)}
+        return parts, layers
+
+    def maxima(self, near):
+        """
+        {moment: after how many changes most bytes were live within it}. The moments are what stands between
+        two marks, of the blocks those that are at most `near` blocks away from the first or the last one.
+        """
+        totals, found, last = self.totals(), {}, len(self.blocks) - 1
+        seen = Counter()
+        ends = [start for start, _ in self.marks[1:]] + [len(self.changes)]
+        for (start, (what, k)), end in zip(self.marks, ends):
+            seen[what, k] += 1
+            most = max(range(start, end + 1), key=totals.__getitem__)
+            for side, distance in (("first", k), ("last", last - k)):
+                if distance <= near:
+                    found[what, side, distance, seen[what, k]] = most
+        return found
+
+
+def ordered(parts, layers):
+    """A report of what was live."""
+    del layers[""]
+    by_size = (+parts).most_common()
+    parts = dict(sorted(by_size, key=lambda item: GROUPS.get(item[0].split()[0], 4)))
+    return {"peak": sum(parts.values()), "parts": parts, "layers": dict(+layers)}
+
+
+# -----------------------------------------------------------------------------
+# many blocks from a few: all blocks of a kind take the same memory
+
+# What is live at a moment of the first block's pass, or of the last one's, grows with the number of blocks by the
+# same bytes for each; and of the blocks between them none has a moment of its own with more than both. So two
+# models with a few blocks tell the moments of one with many.
+
+
+def period(config, method, storage):
+    """After how many blocks their kinds come again; 0 where they do not."""
+    by_name = storage is not None and any("." in name for name in storage.skip)
+    if by_name or "top" in peft.method_names(method):
+        return 0
+    L = config.n_layer
+    windows = config.windows or (0,) * L
+    kinds = [(windows[i], i in config.unrotated) for i in range(L)]
+    return next((P for P in range(1, L) if kinds[P:] == kinds[:-P]), 0)
+
+
+def shallow(config, n_layer):
+    """The architecture with its first n_layer blocks alone."""
+    unrotated = tuple(i for i in config.unrotated if i < n_layer)
+    return dataclasses.replace(config, n_layer=n_layer, windows=config.windows[:n_layer], unrotated=unrotated)
+
+
+def report_by_few_blocks(track, config, method, storage):
+    """
+    Tracker.report of track(config), where track makes a Tracker of some pass of a model: from two models of few
+    blocks if the kinds of the blocks allow it, else from the whole one.
+    """
+    L, P = config.n_layer, period(config, method, storage)
+    n_small = 2 * P + 2 + (L - 2) % P if P else L
+    if n_small + P >= L:
+        return track(config).report()
+    small, large = (track(shallow(config, n)) for n in (n_small, n_small + P))
+    times = (L - n_small) // P
+    moments = [maxima.values() for maxima in (small.maxima(P), large.maxima(P))]
+    totals = small.totals(), large.totals()
+    best = max(zip(*moments, strict=True), key=lambda at: grown(totals[0][at[0]], totals[1][at[1]], times))
+    (parts, _), (more_parts, layers) = small.content(best[0]), large.content(best[1])
+    parts = Counter({part: grown(parts[part], n, times) for part, n in more_parts.items()})
+    return ordered(parts, stretched(layers, n_small + P, P, times - 1))
+
+
+def grown(of_small, of_large, times):
+    """What is of_small with few blocks and of_large with one period more, with that many periods more."""
+    return of_small + (of_large - of_small) * times
+
+
+def stretched(layers, n_layer, P, times):
+    """{layer: bytes} of n_layer blocks, with the period of P blocks behind the first P + 1 so many times more."""
+    result = Counter({"": layers[""]})
+    for k in range(n_layer + times * P):
+        beyond = max(0, k - 2 * P)                               # behind the period's first time
+        own = k - min(-(-beyond // P), times) * P
+        result[f"blocks.{k}"] = layers[f"blocks.{own}"]
+    return result
 
 
 # -----------------------------------------------------------------------------
@@ -304,25 +414,62 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
     storage = storage or peft.default_storage(method)
-    with FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
-        model = fake_model(config, method, dtype, storage, options)
-        model.checkpointing = checkpointing
-        optimizer = run.make_optimizer(model.train(), Config())
-        make_states(model, optimizer)
-        saving = functools.partial(simulated_offload, model) if offload else nullcontext
-        # The step makes the codes' tables anew, so that they count in it.
-        with quant.simulated(), Tracker(model, optimizer, device) as tracker:
-            micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)       # tokens and targets
-                             for _ in range(gradient_accumulation_steps)]
-            if packed:
-                rows = [torch.zeros(2, 1, sum(lengths), dtype=torch.int64) for lengths in packed]
-                micro_batches = [(*row, lengths) for row, lengths in zip(rows, packed)]
-            run.step(model, optimizer, micro_batches, grad_clip, label_smoothing, saving)
-        report = tracker.report()
+    settings = checkpointing, gradient_accumulation_steps, grad_clip, label_smoothing, offload, packed
+
+    def track(config):
+        with FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
+            model = fake_model(config, method, dtype, storage, options)
+            return tracked_step(model, batch, seq, device, *settings)
+
+    report = report_by_few_blocks(track, config, method, storage)
     if device == "cuda":
         report["parts"] |= {"cuBLAS workspace": CUBLAS_WORKSPACE, "CUDA context": CUDA_CONTEXT}
         report["peak"] += CUBLAS_WORKSPACE + CUDA_CONTEXT
     return report | {"method": method, "batch": batch, "seq": seq}
+
+
+def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload, packed):
+    """A Tracker of one step of a fake model; the arguments are simulate's."""
+    model.checkpointing = checkpointing
+    optimizer = run.make_optimizer(model.train(), Config())
+    make_states(model, optimizer)
+    saving = functools.partial(simulated_offload, model) if offload else nullcontext
+    # The step makes the codes' tables anew, so that they count in it.
+    with quant.simulated(), Tracker(model, optimizer, device) as tracker:
+        micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)           # tokens and targets
+                         for _ in range(accumulation)]
+        if packed:
+            rows = [torch.zeros(2, 1, sum(lengths), dtype=torch.int64) for lengths in packed]
+            micro_batches = [(*row, lengths) for row, lengths in zip(rows, packed)]
+        run.step(model, optimizer, micro_batches, grad_clip, smoothing, saving)
+    return tracker
+
+
+def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda",
+                        storage=None, **options):
+    """
+    The peak of writing up to seq tokens in each of batch rows, the prompts among them: {"peak", "parts"} in
+    bytes. It is of the first token, from a prompt of all seq tokens but one, and the last one; the copies of the
+    layers count as made, though a process that lacks the memory goes on without. Arguments as for simulate.
+    """
+    config = preset(config) if isinstance(config, str) else config
+    check_shape(config, method, batch, seq, options)
+    storage = storage or peft.default_storage(method)
+
+    def track(config):
+        with torch.no_grad(), FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
+            model = fake_model(config, method, dtype, storage, options).eval()
+            with Tracker(model, device=device, outside="copies of the layers") as tracker:
+                cache = Cache(config.n_layer, seq)
+                with ready_layers(model, batch):
+                    tracker.running.append(("temporaries", ""))  # Outside of modules it was copies until here.
+                    for n_tokens in (seq - 1, 1):
+                        x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
+                        model.head(x[:, -1]).argmax(-1)
+            return tracker
+
+    report = report_by_few_blocks(track, config, method, storage)
+    return {"peak": report["peak"], "parts": report["parts"]}
 
 
 def preset(name):

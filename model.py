@@ -27,11 +27,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib import presets
+from lib import generation, presets
 from lib.checks import SHAPE, bounded
-from lib.generation import Cache, pad_left, sample
-from lib.kernels import (CausalAttention, RMSNorm, accurate, causal_mask, cross_entropy, device_type,
-                         simulating)
+from lib.kernels import (CausalAttention, accurate, attention_of_one, causal_mask, cross_entropy, device_type,
+                         rms_norm, simulating)
 from lib.rope import Rope, frequencies, rotate
 
 # -----------------------------------------------------------------------------
@@ -148,8 +147,11 @@ class Linear(nn.Linear):
     """nn.Linear that casts its weight to the type of its input."""
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, *self.dense(x.dtype))
+
+    def dense(self, dtype):
+        """Weight (out, in) and bias (out,) or None in a type; generation makes them once."""
+        return self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
 
 
 class Norm(nn.Module):
@@ -179,7 +181,7 @@ class Norm(nn.Module):
             return F.layer_norm(x, weight.shape, weight, bias, self.eps)
         # A GPU's fused kernel keeps what RMSNorm keeps, but takes only a weight of the type of x.
         if device_type(x) == "cpu" or simulating() or weight.dtype != x.dtype:
-            return RMSNorm.apply(x, weight, self.eps)
+            return rms_norm(x, weight, self.eps)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
@@ -278,6 +280,8 @@ class Attention(nn.Module):
             return self.attend_apart(q, k, v, mask)
         if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
             return CausalAttention.apply(q, k, v, self.window)
+        if mask is not None and T == 1 and device_type(q) == "cpu" and q.dtype == torch.float32:
+            return attention_of_one(q, k, v, mask)
         if mask is None and (S > T or 0 < self.window < T):
             mask = causal_mask(T, S, self.window, q.device)
         groups = q.size(1) // k.size(1)
@@ -479,7 +483,6 @@ class GPT(nn.Module):
         """Parameters, the tied head once."""
         return sum(p.numel() for p in self.parameters())
 
-    @torch.inference_mode()
     def stream(self, prompts, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                generator=None):
         """
@@ -487,19 +490,7 @@ class GPT(nn.Module):
 
         prompts: lists of token ids of any lengths. stop: an id or several; the stop token is yielded.
         """
-        tokens, pos = pad_left(prompts, self.head.weight.device)
-        stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
-        room = tokens.size(1) + max_new_tokens + self.reserved
-        cache = Cache(self.config.n_layer, min(room, self.config.block_size))
-        ended = torch.zeros(len(prompts), dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            x = self.hidden(tokens, cache, pos)
-            token = sample(self.head(x[:, -1]), temperature, top_k, top_p, generator)
-            yield torch.where(ended, -1, token.cpu())
-            ended |= torch.isin(token.cpu(), stops)
-            if ended.all() or cache.seen + self.reserved == self.config.block_size:
-                return
-            tokens, pos = token[:, None], cache.next
+        return generation.stream(self, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator)
 
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, stop=None,
                  generator=None):

@@ -91,12 +91,17 @@ def put_back(replaced):
 
 class LinearWrapper(nn.Module):
     """Stands around a linear layer, which may be dense, stored (quantized) or wrapped itself."""
+    dense_only_in = torch.float32        # bfloat16 would round s B A away where it is added to W_0
 
     def __init__(self, base):
         super().__init__()
         self.base = base
         self.in_features = base.in_features
         self.out_features = base.out_features
+
+    def dense(self, dtype):
+        """Weight (out, in) and bias (out,) or None that compute, in float32, what the layer computes."""
+        return merged_weight(self)
 
 
 # -----------------------------------------------------------------------------

@@ -326,7 +326,7 @@ def _values(packed, code, n):
     """The levels of n packed codes, (n,) float32."""
     if code.signed:
         return packed.float().div_(code.top)
-    if code.bits == 4 and device_type(packed) == "cpu" and not torch.compiler.is_compiling():
+    if code.bits == 4 and device_type(packed) == "cpu":
         pairs = _lookup(_table(_pairs, code, packed.device), packed.long())
         return pairs.view(torch.float32)[:n]
     codes = unpack(packed, code.bits, n)
@@ -447,11 +447,13 @@ class QuantizedTensor:
         float32 level times float32 absmax, then one rounding to dtype (default: the weight's own). Returns a Tensor of `shape`.
         out: a contiguous Tensor of `shape` to fill, whose dtype then counts.
         """
+        if torch.compiler.is_compiling():
+            stored = self.packed, self.absmax, self.absmax2, self.offset
+            return stored_weight(*stored, list(self.shape), self.scheme, self.block, dtype or self.dtype)
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
         scales, code = self.scales(), CODES[self.scheme]
-        fill = _fill if torch.compiler.is_compiling() else _fill_in_chunks
-        fill(self.packed, scales, out.view(-1), code, self.weights_per_scale)
+        _fill_in_chunks(self.packed, scales, out.view(-1), code, self.weights_per_scale)
         return out
 
 
@@ -607,17 +609,87 @@ def lora_linear(x, W, bias, A, B, s, dropout=0.0, training=False):
     x (..., in); W: Tensor or QuantizedTensor (out, in), frozen; bias (out,) or None; A (r, in) and B (out, r), or both None;
     s: float.
     """
+    if torch.compiler.is_compiling():
+        return traced_lora_linear(x, W, bias, A, B, s, dropout if training else 0.0)
     seed = None
     if dropout and training and A is not None:
-        if torch.compiler.is_compiling():              # a compiler keeps track of the mask itself
-            u = F.linear(F.dropout(x, dropout), A.to(x.dtype))
-            low_rank = F.linear(u, B.to(x.dtype))
-            return lora_linear(x, W, bias, None, None, s) + s * low_rank
         # The seed is drawn from the CPU's generator, so that checkpointing restores it.
         seed = 0 if simulating() else int(torch.randint(2**62, ()))
     if isinstance(W, torch.Tensor):
         return LoRALinear.apply(x, A, B, bias, s, dropout, seed, None, W)
     return LoRALinear.apply(x, A, B, bias, s, dropout, seed, W.meta, *W.tensors().values())
+
+
+# -----------------------------------------------------------------------------
+# the same for a compiler, which differentiates and fuses plain operations itself; what it cannot look into
+# is an operator: the product with a stored weight, whose tables it would trace, and the mask of a seed
+
+
+def traced_lora_linear(x, W, bias, A, B, s, dropout):
+    """lora_linear in traced code, with the same dropout masks."""
+    if isinstance(W, torch.Tensor):
+        y = F.linear(x, W.to(x.dtype))
+    else:
+        stored = W.packed, W.absmax, W.absmax2, W.offset
+        y = stored_product(x, *stored, list(W.shape), W.scheme, W.block)
+    if A is not None:
+        if dropout:
+            seed = torch.randint(2**62, (), device="cpu")
+            rows = math.prod(x.shape[:-1])
+            x = x * seeded_mask(seed, rows, x.shape[-1], dropout, x.dtype, x.device).view(x.shape)
+        y = y + s * F.linear(F.linear(x, A.to(x.dtype)), B.to(x.dtype))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+@torch.library.custom_op("nanopeft::seeded_mask", mutates_args=())
+def seeded_mask(seed: torch.Tensor, rows: int, width: int, p: float, dtype: torch.dtype,
+                device: torch.device) -> torch.Tensor:
+    """The dropout mask (rows, width) of a seed, () int64."""
+    return _dropout_mask(torch.empty(rows, 0, dtype=dtype, device=device), width, p, int(seed))
+
+
+@seeded_mask.register_fake
+def _(seed, rows, width, p, dtype, device):
+    return torch.empty(rows, width, dtype=dtype, device=device)
+
+
+@torch.library.custom_op("nanopeft::stored_weight", mutates_args=())
+def stored_weight(packed: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor | None,
+                  offset: torch.Tensor | None, shape: list[int], scheme: str, block: int | None,
+                  dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a QuantizedTensor's parts, in dtype."""
+    q = QuantizedTensor(torch.Size(shape), scheme, block, dtype, packed, absmax, absmax2, offset)
+    return q.dequantize(dtype)
+
+
+@stored_weight.register_fake
+def _(packed, absmax, absmax2, offset, shape, scheme, block, dtype):
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.custom_op("nanopeft::stored_product", mutates_args=())
+def stored_product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor | None,
+                   offset: torch.Tensor | None, shape: list[int], scheme: str, block: int | None) -> torch.Tensor:
+    """x W^T, where W is stored_weight of the rest. x (.., in) -> (.., out). The backward pass needs what is stored alone."""
+    return F.linear(x, stored_weight(packed, absmax, absmax2, offset, shape, scheme, block, x.dtype))
+
+
+@stored_product.register_fake
+def _(x, packed, absmax, absmax2, offset, shape, scheme, block):
+    return x.new_empty(*x.shape[:-1], shape[0])
+
+
+def _save_stored(ctx, inputs, output):
+    _, *stored, shape, scheme, block = inputs
+    ctx.save_for_backward(*stored)
+    ctx.meta = shape, scheme, block
+
+
+def _times_stored(ctx, g):
+    return g @ stored_weight(*ctx.saved_tensors, *ctx.meta, g.dtype), *[None] * 7
+
+
+stored_product.register_autograd(_times_stored, setup_context=_save_stored)
 
 
 class QuantLinear(nn.Module):
@@ -653,6 +725,11 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype=None):
         """The weight, (out, in), in dtype."""
         return self.weight_q.dequantize(dtype)
+
+    def dense(self, dtype):
+        """Weight (out, in) and bias (out,) or None as the layer computes with them on inputs of that type."""
+        dtype = self.compute_dtype or dtype
+        return self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
         x = x.to(self.compute_dtype or x.dtype)

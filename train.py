@@ -173,7 +173,8 @@ def describe(run, report):
     longest = encoded.lengths.max()
     length = int(data.padded(longest, encoded.block_size))
     alone = " without fsdp" if config.fsdp else ""
-    say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens")
+    say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens; "
+        f"{size(predict_generation(run, length))} while it writes samples")
 
 
 def told_of_data(run):
@@ -200,6 +201,15 @@ def predict(run, batch, length, packed=None):
     report = memory.simulate(
         run.model.config, config.method, batch, length, dtype, run.device.type, storage_of(config),
         packed=packed, **settings)
+    return report["peak"]
+
+
+def predict_generation(run, length):
+    """The peak in bytes of writing the samples, whose prompts have at most that length."""
+    config, room = run.config, run.model.config.block_size - run.model.reserved
+    report = memory.simulate_generation(
+        run.model.config, config.method, max(config.sample_count, 1), min(length + 100, room),
+        getattr(torch, config.dtype), run.device.type, storage_of(config), **method_options(config))
     return report["peak"]
 
 

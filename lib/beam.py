@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lib.generation import Cache, pad_left
+from lib.generation import Cache, pad_left, ready_layers
 
 NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 
@@ -39,7 +39,7 @@ class Hypotheses(NamedTuple):
 
 def read_prompts(model, prompts, beams, cache):
     """Puts K rows a prompt into the cache, side by side; returns logp (B * K, V) of the first new token."""
-    tokens, pos = pad_left(prompts, model.head.weight.device)
+    tokens, pos = pad_left(prompts, next(model.parameters()).device)
     logp = next_logp(model, tokens, cache, pos)
     rows = torch.arange(len(prompts), device=tokens.device).repeat_interleave(beams)
     cache.select(rows)
@@ -105,8 +105,14 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
     The search keeps `beams` hypotheses a prompt. It ends after max_new_tokens, at the context's end, or
     where every finished hypothesis is as good as the running ones.
     """
+    with ready_layers(model, len(prompts) * beams):
+        return search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngram, stop)
+
+
+def search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngram, stop):
+    """beam_search, with the layers as they are."""
     stops = {stop} if isinstance(stop, int) else set(stop or ())
-    stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=model.head.weight.device)
+    stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=next(model.parameters()).device)
     n_candidates = beams * max(2, 1 + len(stops))                # however many of these end, K go on
     room = max(map(len, prompts)) + max_new_tokens + model.reserved
     cache = Cache(model.config.n_layer, min(room, model.config.block_size))

@@ -1,8 +1,16 @@
 """
-What generation needs: the key-value cache, prompts of different lengths in one batch, drawing a token.
+What generation needs: the key-value cache, layers that lie as products of few rows read them fastest, prompts
+of different lengths in one batch, drawing a token.
 """
 
+import sys
+from contextlib import contextmanager
+
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from lib.kernels import device_type, simulating
 
 
 class LayerCache:
@@ -62,6 +70,101 @@ class Cache:
 
 
 # -----------------------------------------------------------------------------
+# linear layers while tokens are generated
+
+# A token's products are as fast as the weights can be read: so a stored weight is made dense once and not for
+# every token, a low rank is added to it where that is exact, and on a CPU it lies as the products like it.
+# Seconds on one core of an EPYC with AVX2, of SmolLM2-135M's head (49,152 x 576, float32): one row 11.2 from
+# rows, 5.2 from columns, 9.0 packed; 32 rows 38.5, 44.8, 29.5.
+
+
+class ReadyLinear(nn.Module):
+    """A frozen linear layer for products of that many rows: y = x W^T + b in the weight's type."""
+
+    def __init__(self, weight, bias, rows):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias, self.packed = bias, None
+        lies_well = rows == 1 and self.out_features <= self.in_features
+        if lies_well or not has_better_place(weight):
+            self.weight = weight
+        elif rows == 1 or simulating() or not torch.backends.mkldnn.is_available():
+            self.weight = weight.t().contiguous().t()
+        else:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+    def forward(self, x):
+        if self.packed is None:
+            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+def has_better_place(weight):
+    """Whether products of few rows are faster where the weight is laid out anew."""
+    return device_type(weight) == "cpu" and weight.dtype == torch.float32
+
+
+def places(module, dtype):
+    """
+    Yields (parent, name, layer) of the linear layers below a module, the outermost ones first, for which a
+    dense weight in that type computes what the layer computes.
+    """
+    for name, child in module.named_children():
+        if hasattr(child, "dense") and getattr(child, "dense_only_in", dtype) == dtype:
+            yield module, name, child
+        else:
+            yield from places(child, dtype)
+
+
+def free_bytes(device):
+    """Bytes of memory that a process can still have on a device."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    with open("/proc/meminfo") as file:
+        line = next(line for line in file if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def ready_layers(model, rows):
+    """
+    Within it the model generates fast, for batches of that many rows, and cannot be trained, saved or changed:
+    its linear layers are ReadyLinear where half of the free memory holds the copies, else as they were. In
+    float32 a wrapper and what it wraps become one layer, because W + s B A in float32 is as exact as
+    computing both.
+    """
+    sharded = any(hasattr(p, "to_local") for p in model.parameters())        # FSDP's are never whole.
+    chosen = [] if sharded else list(places(model, model.dtype))
+    if not has_room(chosen, model):
+        chosen = []
+    try:
+        with torch.no_grad():
+            for parent, name, layer in chosen:
+                setattr(parent, name, ReadyLinear(*layer.dense(model.dtype), rows))
+        yield
+    finally:
+        for parent, name, layer in chosen:
+            setattr(parent, name, layer)
+
+
+def has_room(chosen, model):
+    """Whether half of the free memory holds the copies of layers, [(parent, name, layer)]; says so where it does not."""
+    needed = 0
+    for _, _, layer in chosen:
+        weight = getattr(layer, "weight", None)
+        if weight is None or weight.dtype != model.dtype or has_better_place(weight):
+            needed += layer.in_features * layer.out_features * model.dtype.itemsize
+    if simulating() or not needed:
+        return True
+    free = free_bytes(model.head.weight.device)
+    if 2 * needed > free:
+        print(f"generation: copies of the layers, made for it, would take {needed / 1e6:,.0f} MB of the "
+              f"{free / 1e6:,.0f} MB that are free, more than half; it goes on without them, more slowly", file=sys.stderr)
+    return 2 * needed <= free
+
+
+# -----------------------------------------------------------------------------
 # prompts and tokens
 
 
@@ -91,3 +194,28 @@ def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
         beyond = ordered.cumsum(-1) - ordered >= top_p           # The token that crosses p stays.
         logits = logits.masked_fill(beyond.scatter(1, index, beyond), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+
+
+@torch.inference_mode()
+def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, generator):
+    """GPT.stream."""
+    tokens, pos = pad_left(prompts, next(model.parameters()).device)
+    stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
+    room = tokens.size(1) + max_new_tokens + model.reserved
+    cache = Cache(model.config.n_layer, min(room, model.config.block_size))
+    rows = torch.arange(len(prompts))                            # those that have not ended
+    with ready_layers(model, len(prompts)):
+        for _ in range(max_new_tokens):
+            x = model.hidden(tokens, cache, pos)
+            token = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
+            result = torch.full((len(prompts),), -1)
+            result[rows] = token.cpu()
+            yield result
+            goes_on = ~torch.isin(token.cpu(), stops)
+            if not goes_on.any() or cache.seen + model.reserved == model.config.block_size:
+                return
+            if not goes_on.all():
+                kept = goes_on.nonzero().squeeze(1)
+                rows, token = rows[kept], token[kept]
+                cache.select(kept)
+            tokens, pos = token[:, None], cache.next

@@ -98,12 +98,9 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, eps):
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
-        r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        y, r = rms_normed(x, w, eps)
         ctx.save_for_backward(x, w, r)
-        if w.dtype == x.dtype:
-            return (x * r).to(x.dtype).mul_(w)
-        return (x * r).mul_(w).to(x.dtype)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -118,6 +115,22 @@ class RMSNorm(torch.autograd.Function):
             mean = (wg * x).mean(-1, keepdim=True, dtype=r.dtype)
             dx = (wg * r).addcmul_(x, mean.mul_(r * r * r), value=-1).to(x.dtype)
         return dx, dw, None
+
+
+def rms_normed(x, w, eps):
+    """y and r, (.., 1), of RMSNorm."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
+    r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
+    if w.dtype == x.dtype:
+        return (x * r).to(x.dtype).mul_(w), r
+    return (x * r).mul_(w).to(x.dtype), r
+
+
+def rms_norm(x, w, eps):
+    """RMSNorm of x (.., C) with a weight w (C,)."""
+    if torch.is_grad_enabled():
+        return RMSNorm.apply(x, w, eps)
+    return rms_normed(x, w, eps)[0]                              # The Function's own cost is the norm's.
 
 
 # -----------------------------------------------------------------------------
@@ -171,6 +184,19 @@ class CausalAttention(torch.autograd.Function):
         dk_all.mul_(scale)
         gradients = (d.to(t.dtype).view(t.shape) for d, t in zip((dq_all, dk_all, dv_all), saved))
         return *gradients, None
+
+
+def attention_of_one(q, k, v, mask):
+    """
+    softmax(q k^T / sqrt(d)) v of one query a sequence, q (B, n_head, 1, d), k and v (B, n_kv_head, S, d), mask
+    bool (B or 1, 1, 1, S). On a CPU it takes a third of the time of torch's kernel, which is made for many
+    queries.
+    """
+    n_kv_head, d = k.shape[1:4:2]
+    q_shared = q.unflatten(1, (n_kv_head, -1)).squeeze(3)        # (B, n_kv_head, G, d)
+    scores = (q_shared * d**-0.5) @ k.mT
+    scores.masked_fill_(~mask, -torch.inf)
+    return (scores.softmax(-1) @ v).view(q.shape)
 
 
 def by_shared_keys(q, k, v):

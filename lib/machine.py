@@ -76,7 +76,8 @@ def compile_model(model, device):
     else:
         compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler:
-        model.compile(dynamic=True)
+        # Random numbers are those of the uncompiled step.
+        model.compile(dynamic=True, options={"fallback_random": True})
     return bool(compiler)
 
 

@@ -105,6 +105,28 @@ def test_todays_models(name, method, checkpointing):
     assert_equal(ours, real)
 
 
+DEEP = {"llama": {"n_layer": 7}, "gpt2": {"n_layer": 7}, "gemma3": {"n_layer": 11}, "smollm3": {"unrotated": (1, 3, 5, 7, 9), "n_layer": 10}}
+QUICK = [("llama", "qlora", True), ("gpt2", "full", False), ("gemma3", "lora+embed+norm", True)]
+
+
+@pytest.mark.parametrize("family, method, often", [
+    pytest.param(family, method, often, marks=() if (family, method, often) in QUICK else pytest.mark.slow)
+    for family in DEEP for method in (*peft.METHODS, "lora+embed+norm") for often in (False, True)
+    if method not in ("top", "head") and (method != "bitfit" or family == "gpt2")])
+def test_a_few_blocks_tell_of_all(family, method, often, monkeypatch):
+    """To the byte, in all parts and layers. often: with checkpointing and twice a step, on a CPU."""
+    config = tiny(family, block_size=128, **DEEP[family])
+    device, batch = ("cpu", 3) if often else ("cuda", 1)
+    settings = dict(checkpointing=often, gradient_accumulation_steps=1 + often)
+
+    def reports():
+        step = simulate(config, method, batch, 40, device=device, **settings)
+        return step, memory.simulate_generation(config, method, batch, 40, device=device)
+    few = reports()
+    monkeypatch.setattr(memory, "period", lambda *_: 0)
+    assert few == reports()
+
+
 def test_layers_left_out_of_storage():
     """Whether they are named by their last names or in full."""
     ours = []

@@ -1,0 +1,114 @@
+"""Generation with layers made ready for it, against the model as it is."""
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny
+
+import memory
+import peft
+import quant
+from lib import generation
+from lib.generation import Cache, ReadyLinear, ready_layers
+from model import GPT
+
+PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
+
+
+def build(method, family="llama", dtype=torch.float32, storage=None):
+    """A tiny model that carries a method, whose tensors are no longer as at first."""
+    torch.manual_seed(0)
+    model = GPT(tiny(family), dtype).eval()
+    for p in model.parameters():
+        p.data *= 4                                              # Its choices are clear.
+    if storage:
+        quant.store(model, storage)
+    peft.apply(model, method)
+    for p in peft.adapter_state_dict(model).values():
+        p += torch.randn_like(p) * 0.1 * (p.std() + 0.1 if p.numel() > 1 else 1)
+    return model
+
+
+def with_and_without_copies(model, monkeypatch):
+    """The greedy texts, and the logits of the prompts with layers ready for 1 and for 3 rows, beside those of the model."""
+    tokens = torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        logits = []
+        for rows in (1, 3):
+            with ready_layers(model, rows):
+                logits.append(model(tokens)[0])
+    texts = model.generate(PROMPTS, 12, temperature=0)
+    monkeypatch.setattr(generation, "free_bytes", lambda device: 0)
+    return expected, logits, texts, model.generate(PROMPTS, 12, temperature=0)
+
+
+@pytest.mark.parametrize("scheme", ["", "nf4", "int8"])
+@pytest.mark.parametrize("method", peft.METHODS)
+def test_every_method_generates_the_same(method, scheme, monkeypatch, capsys):
+    storage = quant.Storage(scheme, double=True) if scheme else None
+    if method in ("full", "top") and scheme or method == "qlora" and not scheme:
+        pytest.skip("there is no such model")
+    model = build(method, "llama" if method != "bitfit" else "gpt2", storage=storage)
+    expected, logits, fast, slow = with_and_without_copies(model, monkeypatch)
+    for ready in logits:
+        assert torch.allclose(ready, expected, atol=1e-4, rtol=1e-4), float((ready - expected).abs().max())
+    assert fast == slow
+    assert "more slowly" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_the_same(family, monkeypatch):
+    model = build("lora", family)
+    _, _, fast, slow = with_and_without_copies(model, monkeypatch)
+    assert fast == slow
+
+
+def test_a_narrow_type_keeps_its_adapter_beside_the_dense_layer():
+    model = build("lora", dtype=torch.bfloat16, storage=quant.Storage("nf4"))
+    q = model.blocks[0].attn.q
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        with ready_layers(model, 1):
+            assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
+            assert torch.equal(model(tokens)[0], expected)
+    assert isinstance(q.base, quant.QuantLinear)
+
+
+def test_the_layers_come_back_after_a_failure():
+    model = build("lora")
+    before = dict(model.named_modules())
+    with pytest.raises(IndexError):
+        model.generate([[10**6]], 3)
+    assert dict(model.named_modules()) == before
+
+
+def test_rows_that_have_ended_are_no_longer_computed(monkeypatch):
+    model = build("lora")
+    sizes = []
+    hidden = model.hidden
+
+    def counted(tokens, *rest):
+        sizes.append(len(tokens))
+        return hidden(tokens, *rest)
+
+    free = model.generate(PROMPTS, 12, temperature=0)
+    stop = next(token for token in free[0][5:] if token not in free[1][2:])
+    monkeypatch.setattr(model, "hidden", counted)
+    first, second = model.generate(PROMPTS, 12, temperature=0, stop=stop)
+    assert first == free[0][:len(first)] and first[-1] == stop and second == free[1]
+    assert sizes == [2] * (len(first) - 5) + [1] * (12 - (len(first) - 5))
+
+
+@pytest.mark.parametrize("method, storage", [("lora", None), ("qlora", peft.QLORA)])
+def test_the_simulation_knows_the_copies(method, storage):
+    """What is counted while a real model generates is what the simulation says. (Packed layers cannot be counted.)"""
+    config = tiny("llama")
+    model = build(method, storage=storage)
+    with torch.no_grad(), memory.Tracker(model) as tracker, ready_layers(model, 1):
+        cache = Cache(config.n_layer, 20)
+        for n in (19, 1):
+            model.head(model.hidden(torch.ones(1, n, dtype=torch.int64), cache)[:, -1]).argmax(-1)
+    predicted = memory.simulate_generation(config, method, 1, 20, torch.float32, "cpu", storage)
+    assert predicted["parts"]["copies of the layers"] > 0
+    assert tracker.report()["peak"] == pytest.approx(predicted["peak"], rel=0.05)
