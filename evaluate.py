@@ -5,28 +5,34 @@ Writes texts about the test split and scores them as the lecture's table does.
     python evaluate.py out/lora-*                            # seeds of one method become mean and deviation
     python evaluate.py out/lora --beams 10 --length_penalty 0.8 --no_repeat_ngram 4   # the LoRA paper's
     python evaluate.py --training out/lora-*                 # what training came to, without writing any text
+    python evaluate.py out/lora-* --results results/e2e.jsonl         # adds the rows to a file, and prints it all
+    python evaluate.py --results results/e2e.jsonl           # prints it, in a moment
     python evaluate.py --predictions FILE --references FILE  # texts from elsewhere, in the official layout
 
 The scores are those of the E2E challenge's own script: BLEU, NIST, METEOR, ROUGE-L and CIDEr. METEOR needs
 the pycocoevalcap package and Java, and is a dash without. SER, slot errors, is the share of the names, types,
 foods, areas and neighbours in the representations that the text does not contain. For other data the share of
 texts that equal their reference stands in its place.
+
+Texts are kept as they are written: the same command goes on where it was stopped, and scores a run whose texts
+are all there without its model.
 """
 
 import argparse
 import csv
 import json
 import re
-import statistics
+import shlex
 import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
+from lib import results
 from lib.checks import Parser, check, checked
-from lib.config import read_run_config, run_main
+from lib.config import FIELDS, read_run_config, run_main
+from lib.results import RESULT_COLUMNS, SCORE_COLUMNS, TRAINING_COLUMNS
 
 
 def parse(args):
@@ -46,11 +52,14 @@ def parse(args):
     parser.add_argument("--adapter", default="best", metavar="last|best|STEP", help="which of a run's (default: best)")
     parser.add_argument("--training", action="store_true",
                         help="losses, time, memory and size of the runs instead of scores")
+    parser.add_argument("--results", default="", metavar="FILE",
+                        help="a file of rows, a line a run; those of the runs are put into it, all are printed")
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--predictions", help="a file of texts, one a line, or a .csv or .tsv with mr and output")
     parser.add_argument("--references", help="references: groups separated by an empty line, one a line, or a .csv or .tsv with mr and ref")
     parsed = parser.parse_args(args)
+    check(not (parsed.results and parsed.training), "--results holds scores; leave out --training")
     searches = parsed.beams > 1 or parsed.no_repeat_ngram or parsed.length_penalty == 1
     check(searches, "--length_penalty is of beam search; --beams says how wide it is")
     places = [Path(folder).resolve() for folder in parsed.runs]
@@ -59,37 +68,29 @@ def parse(args):
     return parsed
 
 
-if __name__ == "__main__":      # --help and mistakes answer here, before torch is imported
-    ARGS = run_main(parse, sys.argv[1:])
+def show(rows, columns, args):
+    """Prints rows as a table, or as JSON."""
+    print(json.dumps(rows, indent=1) if args.json else results.table(rows, columns, args.markdown))
+
+
+def parse_or_show(args):
+    """The command line; where it asks for nothing but the table of a file, prints that and ends."""
+    parsed = parse(args)
+    if parsed.results and not parsed.runs:
+        show(results.read(parsed.results), RESULT_COLUMNS, parsed)
+        sys.exit()
+    return parsed
+
+
+if __name__ == "__main__":      # --help, mistakes and tables answer here, before torch is imported
+    ARGS = run_main(parse_or_show, sys.argv[1:])
 
 import data
 import peft
-from lib import report
 from lib.beam import beam_search
-from lib.files import read_bytes, read_json, write_atomic
-from lib.run import chat_of, load_run, sample_text
+from lib.files import read_bytes, read_json, read_json_lines, sha256_of, write_atomic
+from lib.run import chat_of, config_of, load_run, sample_text
 from lib.scores import score
-
-# -----------------------------------------------------------------------------
-# columns of the table: the key of a row -> its title, the factor of the number, the digits after the point
-
-SCORE_COLUMNS = {
-    "BLEU": ("BLEU", 100, 1),
-    "NIST": ("NIST", 1, 2),
-    "METEOR": ("METEOR", 100, 1),
-    "ROUGE-L": ("ROUGE-L", 100, 1),
-    "CIDEr": ("CIDEr", 1, 2),
-    "SER": ("SER", 100, 1),
-    "exact": ("exact, %", 100, 1),
-}
-OF_SOME_DATA = ("SER", "exact")          # scores that are left out where no row has them
-TRAINING_COLUMNS = {
-    "loss_before": ("loss before", 1, 3),
-    "val_loss": ("loss after", 1, 3),
-    "seconds": ("seconds", 1, 0),
-    "peak_bytes": ("peak, MB", 1e-6, 0),
-    "adapter_bytes": ("adapter, kB", 1e-3, 0),
-}
 
 # -----------------------------------------------------------------------------
 # writing
@@ -105,21 +106,44 @@ def continue_prompts(model, tokenizer, prompts, args):
     return [tokenizer.decode(ids) for ids in found]
 
 
-def write_texts(model, tokenizer, prompts, args, progress):
-    """A text for every prompt, in batches of similar length: list of str in the order of the prompts.
+def write_texts(model, tokenizer, prompts, args, keep):
+    """Writes a text for each of the prompts, {index: prompt}, in batches of similar length.
 
-    Prompts are texts or lists of token ids. progress is called with the number of texts that are done,
-    after each batch.
+    Prompts are texts or lists of token ids. keep is called with {index: text} after each batch.
     """
-    lengths = [len(tokenizer.encode(prompt) if isinstance(prompt, str) else prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lengths.__getitem__)
-    texts = {}
+    def length(i):
+        return len(tokenizer.encode(prompts[i]) if isinstance(prompts[i], str) else prompts[i])
+
+    order = sorted(prompts, key=length)
     for start in range(0, len(order), args.batch_size):
         batch = order[start:start + args.batch_size]
         found = continue_prompts(model, tokenizer, [prompts[i] for i in batch], args)
-        texts.update(zip(batch, found))
-        progress(len(texts))
-    return [texts[i].strip() for i in range(len(prompts))]
+        keep({i: text.strip() for i, text in zip(batch, found)})
+
+
+class Kept:
+    """
+    The texts of an evaluation in a file, a line each, under a line of what was asked for: those that are there
+    already if the same was asked, and those that are added.
+    """
+
+    def __init__(self, path, asked):
+        lines = read_json_lines(path) if path.is_file() else []
+        same = lines and lines[0] == asked
+        self.texts = {line["index"]: line["text"] for line in lines[1:]} if same else {}
+        self.path = path
+        write_atomic(path, [(json.dumps(asked) + "\n").encode(), lines_of(self.texts)])     # A torn line has gone.
+
+    def add(self, texts):
+        """texts: {index: text}."""
+        self.texts |= texts
+        with open(self.path, "ab") as file:
+            file.write(lines_of(texts))
+
+
+def lines_of(texts):
+    """{index: text} as lines of JSON, bytes."""
+    return "".join(json.dumps({"index": i, "text": text}) + "\n" for i, text in texts.items()).encode()
 
 
 # -----------------------------------------------------------------------------
@@ -127,10 +151,11 @@ def write_texts(model, tokenizer, prompts, args, progress):
 
 
 def settings_but_seed(config):
-    """All that two runs must have in common to be seeds of one method, as JSON."""
+    """All that two runs must have in common to be seeds of one method, as JSON: what differs from the defaults."""
     differing = ("seed", "out_dir", "resume", "device", "fsdp")
-    settings = {name: value for name, value in vars(config).items() if name not in differing}
-    return json.dumps(settings, sort_keys=True)
+    settings = {name: value for name, value in vars(config).items() if name not in differing and value != FIELDS[name].default}
+    places = {name: Path(settings[name]).name for name in ("base", "data") if name in settings}
+    return json.dumps(settings | places, sort_keys=True)
 
 
 def lines(texts):
@@ -138,41 +163,69 @@ def lines(texts):
     return "".join(" ".join(text.split()) + "\n" for text in texts)
 
 
+DECODING = ("max_new_tokens", "beams", "length_penalty", "no_repeat_ngram")
+
+
+def asked_of(folder, test, args):
+    """What the texts of a run depend on: its training, what they are about, and how they are searched for.
+
+    A run that has not ended may go on, so that its texts are never the same.
+    """
+    prompts = json.dumps([[example.prompt, example.messages] for example in test])
+    ended = Path(folder, "metrics.json").is_file()
+    training = sha256_of(read_bytes(Path(folder, "log.jsonl"))) if ended else time.time()
+    decoding = {name: getattr(args, name) for name in DECODING}
+    return {"training": training, "adapter": args.adapter, "dtype": args.dtype,
+            "prompts": sha256_of(prompts.encode())} | decoding
+
+
 def evaluate_run(folder, args):
     """Writes predictions.txt and references.txt (the official layout) and scores.json into the folder.
 
-    Returns the row. ValueError where the data has no references.
+    Returns the row. ValueError where the data has no references. Texts that an earlier call has written are in
+    texts.jsonl, and are not written again.
     """
-    model, tokenizer, config = load_run(folder, args.device, args.dtype, args.base, args.adapter)
+    config, is_run = config_of(folder)
     source = args.data or config.data
     corpus = data.load(source)
     test = corpus.test[:args.limit or None]
     if not any(example.references for example in test):
         raise ValueError(f"{source}: no test split with references there")
-    start = time.perf_counter()
-
-    def progress(done):
-        rate = done / (time.perf_counter() - start)
-        end = "\n" if done == len(test) else ""
-        if sys.stderr.isatty():
-            print(f"\r{folder}: {done}/{len(test)}, {rate:.1f}/s ", end=end, file=sys.stderr)
-
-    config = replace(config, template=data.resolved_template(config.template, corpus.form))
-    made = data.Format(tokenizer, config.template, chat_of(config, tokenizer, folder))
-    prompts = [made.prompt(example) for example in test]
-    predictions = write_texts(model, tokenizer, prompts, args, progress)
-    seconds = time.perf_counter() - start
+    kept = Kept(Path(folder, "texts.jsonl"), asked_of(folder, test, args))
+    if len(kept.texts) < len(test):
+        trainable = write_rest(kept, folder, test, corpus.form, args)
+    else:
+        trainable = training_row(folder)["trainable"]
+    predictions = [kept.texts[i] for i in range(len(test))]
     references = [example.references for example in test]
-    row = {"method": config.method, "trainable": peft.count_parameters(model)["trainable"]}
-    if config.base == str(folder):                               # a model, not a run
-        row = {"method": "base", "trainable": 0}
+    row = {"method": config.method, "trainable": trainable} if is_run else {"method": "base", "trainable": 0}
     row |= score(predictions, references, [example.prompt for example in test if example.is_representation])
-    row |= {"seconds": round(seconds, 1), "texts": len(test)}
+    row["texts"] = len(test)
     texts = {"predictions.txt": lines(predictions), "references.txt": "\n".join(map(lines, references)),
              "scores.json": json.dumps(row, indent=1) + "\n"}
     for name, text in texts.items():
         write_atomic(Path(folder, name), text.encode())
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
+
+
+def write_rest(kept, folder, test, form, args):
+    """Writes the texts about the examples of test that are not kept yet. Returns how many parameters were trained."""
+    model, tokenizer, config = load_run(folder, args.device, args.dtype, args.base, args.adapter)
+    config = replace(config, template=data.resolved_template(config.template, form))
+    made = data.Format(tokenizer, config.template, chat_of(config, tokenizer, folder))
+    prompts = {i: made.prompt(example) for i, example in enumerate(test) if i not in kept.texts}
+    start, first = time.perf_counter(), len(kept.texts)
+
+    def keep(texts):
+        kept.add(texts)
+        done = len(kept.texts)
+        rate = (done - first) / (time.perf_counter() - start)
+        end = "\n" if done == len(test) else ""
+        if sys.stderr.isatty():
+            print(f"\r{folder}: {done}/{len(test)}, {rate:.1f}/s ", end=end, file=sys.stderr)
+
+    write_texts(model, tokenizer, prompts, args, keep)
+    return peft.count_parameters(model)["trainable"]
 
 
 def training_row(folder):
@@ -187,6 +240,24 @@ def training_row(folder):
         value = metrics.get(name)
         row[name] = value if value is None and kind is float else checked(name, value, kind, f"{path}: ")
     return row | {"run": str(folder), "settings": settings_but_seed(config)}
+
+
+def result_row(row, args):
+    """A row of evaluate_run for a file of results: what training came to beside it, and how both are done again."""
+    folder = row["run"]
+    metrics = read_json(Path(folder, "metrics.json"))
+    training = {name: value for name, value in training_row(folder).items() if name in TRAINING_COLUMNS}
+    origin = {name: metrics.get(name) for name in ("seed", "steps", "hardware", "date")}
+    flags = {"seed": metrics.get("seed")} | json.loads(row["settings"])
+    decoding = {name: getattr(args, name) for name in DECODING}
+    commands = [f"python train.py {as_flags(flags)} --out_dir {folder}", f"python evaluate.py {folder} {as_flags(decoding)}"]
+    return row | training | origin | {"run": Path(folder).name, "commands": commands}
+
+
+def as_flags(values):
+    """{"rank": 8, "packing": True} -> "--rank 8 --packing true"."""
+    return " ".join(f"--{name} {shlex.quote(str(value).lower() if value is True or value is False else str(value))}"
+                    for name, value in values.items())
 
 
 # The columns of the official script's tables, by how their names begin, and what it mends of wrong
@@ -258,42 +329,6 @@ def files_row(predictions, references):
     return {"method": Path(predictions).name, "trainable": 0, "settings": "", **scores}
 
 
-# -----------------------------------------------------------------------------
-# the table
-
-
-def mean_and_deviation(values, factor, digits):
-    """Of the values that are not None, times the factor: "61.0 ± 0.4"; "61.0" of one value, "-" of none."""
-    numbers = [value * factor for value in values if value is not None]
-    if not numbers:
-        return "-"
-    mean = f"{statistics.fmean(numbers):.{digits}f}"
-    if len(numbers) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(numbers):.{digits}f}"
-
-
-def table(rows, columns, markdown=False):
-    """The lecture's table: runs that differ in their seed alone become one row with mean and deviation."""
-    seeds = defaultdict(list)                                    # settings -> rows
-    for row in rows:
-        seeds[row["settings"]].append(row)
-    columns = {key: column for key, column in columns.items()
-               if key not in OF_SOME_DATA or any(row[key] is not None for row in rows)}
-    titles = [title for title, _, _ in columns.values()]
-    table_rows = [["run", "trained", *titles, "runs"]]
-    for group in seeds.values():
-        first = group[0]
-        name = first["method"]
-        if "run" in first:
-            name = re.sub(r"-\d+$", "", Path(first["run"]).name)     # out/lora-1 and out/lora-2 are "lora"
-        cells = [name, f"{first['trainable']:,}"]
-        for key, (_, factor, digits) in columns.items():
-            cells.append(mean_and_deviation([row[key] for row in group], factor, digits))
-        table_rows.append([*cells, str(len(group))])
-    return report.table(table_rows, markdown)
-
-
 def main(args):
     """Scores runs, or files of predictions, and prints them."""
     if args.predictions or args.references:
@@ -306,10 +341,11 @@ def main(args):
         rows = [evaluate_run(folder, args) for folder in args.runs]
     if not rows:
         raise ValueError("nothing to evaluate: give the folders of runs, or --predictions and --references")
-    if args.json:
-        print(json.dumps(rows, indent=1))
+    if args.results:
+        results.add(args.results, [result_row(row, args) for row in rows])
+        show(results.read(args.results), RESULT_COLUMNS, args)
     else:
-        print(table(rows, TRAINING_COLUMNS if args.training else SCORE_COLUMNS, args.markdown))
+        show(rows, TRAINING_COLUMNS if args.training else SCORE_COLUMNS, args)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,7 @@ def predict_generation(run, length):
 def measured(run, micro_batches):
     """Says how much memory the step within took at its peak, and what was predicted for its shape."""
     if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        machine.Peak.begin_anew()
         yield
         peak = torch.cuda.max_memory_allocated() + memory.CUDA_CONTEXT
     else:
@@ -381,6 +381,8 @@ def finish(run):
         "peak_bytes": machine.peak_bytes(),
         "adapter_bytes": adapter.stat().st_size,
         "base_bytes": run.base_bytes,
+        "hardware": machine.hardware(run.device),
+        "date": time.strftime("%Y-%m-%d"),
     }
     write_atomic(folder / "samples.txt", [text.encode()])
     write_atomic(folder / "metrics.json", [(json.dumps(metrics, indent=1) + "\n").encode()])

@@ -9,6 +9,7 @@ import ctypes
 import importlib.util
 import inspect
 import os
+import platform
 import re
 import shutil
 from contextlib import contextmanager
@@ -121,16 +122,42 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class Peak:
+    """The most bytes that torch has allocated on a GPU, also before its own count was begun anew."""
+
+    earlier = 0
+
+    @classmethod
+    def begin_anew(cls):
+        """From here on torch.cuda.max_memory_allocated() tells of what follows."""
+        cls.earlier = cls.bytes()
+        torch.cuda.reset_peak_memory_stats()
+
+    @classmethod
+    def bytes(cls):
+        """The most since the process began."""
+        return max(cls.earlier, torch.cuda.max_memory_allocated())
+
+
 def peak_bytes():
     """
     The most bytes that were in use at any time. (getrusage's maximum begins with what the starting process
     had.)
     """
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return Peak.bytes()
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def hardware(device):
+    """What computes, for a table of measurements: "NVIDIA H100 80GB HBM3", "AMD EPYC 9B14, 2 threads"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with open("/proc/cpuinfo") as file:
+        names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 # -----------------------------------------------------------------------------

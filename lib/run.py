@@ -335,6 +335,14 @@ def sample_text(model, tokenizer, prompts, max_new_tokens=100, **options):
     return [tokenizer.decode(ids) for ids in written]
 
 
+def config_of(folder):
+    """(Config, whether it is a run's) of the folder of a run, or of a model in Hugging Face layout."""
+    if Path(folder, "config.json").is_file():
+        return Config(base=as_folder(folder)), False
+    check(Path(folder, "config.toml").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
+    return read_run_config(folder), True
+
+
 def load_run(folder, device="auto", dtype="auto", base="", adapter="best"):
     """
     (model, tokenizer, config) of a run with an adapter of it, or of a model in Hugging Face layout, ready to generate.
@@ -342,10 +350,9 @@ def load_run(folder, device="auto", dtype="auto", base="", adapter="best"):
     base: where the run's base lies now, "" where find_base finds it. adapter: as adapter_of has it.
     """
     device = machine.pick_device(device)
-    is_run = Path(folder, "config.toml").is_file() and not Path(folder, "config.json").is_file()
-    check(is_run or Path(folder, "config.json").is_file(), f"{folder}: neither a run (config.toml) nor a model (config.json) is there")
+    config, is_run = config_of(folder)
     check(is_run or not base, f"{folder}: a model and no run; leave out --base")
-    config = find_base(read_run_config(folder), folder, base) if is_run else Config(base=as_folder(folder))
+    config = find_base(config, folder, base) if is_run else config
     wanted = dtype if dtype != "auto" else config.dtype
     content = adapter_of(folder, adapter) if is_run else None
     model, tokenizer = load_base(config, device, machine.pick_dtype(wanted, device), folder)
