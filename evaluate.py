@@ -25,7 +25,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
 
@@ -153,7 +153,8 @@ def lines_of(texts):
 def settings_but_seed(config):
     """All that two runs must have in common to be seeds of one method, as JSON: what differs from the defaults."""
     differing = ("seed", "out_dir", "resume", "device", "fsdp")
-    settings = {name: value for name, value in vars(config).items() if name not in differing and value != FIELDS[name].default}
+    settings = {name: value for name, value in asdict(config).items()
+                if name not in differing and value != FIELDS[name].default}
     places = {name: Path(settings[name]).name for name in ("base", "data") if name in settings}
     return json.dumps(settings | places, sort_keys=True)
 

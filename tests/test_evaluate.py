@@ -1,12 +1,16 @@
 """Runs and files of predictions as rows of a table, and the texts that runs write."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
 import evaluate
-from evaluate import SCORE_COLUMNS, TRAINING_COLUMNS, table, training_row
-from lib.config import Config, write_toml
+from evaluate import Kept, as_flags, result_row, training_row
+from lib import results
+from lib.config import Config, command_line, write_toml
+from lib.results import RESULT_COLUMNS, SCORE_COLUMNS, TRAINING_COLUMNS, table
 from lib.scores import bleu
 
 
@@ -51,12 +55,87 @@ def test_training_runs_of_two_seeds_are_one_row(tmp_path):
         training_row(tmp_path)
 
 
-def test_texts_are_in_the_order_of_their_prompts(monkeypatch):
+def test_texts_are_those_of_their_prompts(monkeypatch):
     """Whatever the batches: each text is the upper case of its own prompt."""
     class Letters:
         encode = list
     monkeypatch.setattr(evaluate, "continue_prompts", lambda model, tokenizer, prompts, args: [f" {prompt.upper()} " for prompt in prompts])
-    prompts, done = ["bbb", "a", "dddd", "cc", "eeeee"], []
-    args = evaluate.parse(["run", "--batch_size", "2"])
-    assert evaluate.write_texts(None, Letters, prompts, args, done.append) == ["BBB", "A", "DDDD", "CC", "EEEEE"]
-    assert done == [2, 4, 5]
+    prompts, kept = {0: "bbb", 1: "a", 3: "dddd", 4: "cc", 7: "eeeee"}, []
+    evaluate.write_texts(None, Letters, prompts, evaluate.parse(["run", "--batch_size", "2"]), kept.append)
+    assert kept == [{1: "A", 4: "CC"}, {0: "BBB", 3: "DDDD"}, {7: "EEEEE"}]
+
+
+def test_texts_are_kept(tmp_path):
+    """Those of the same question, up to a line that was torn when the process died."""
+    path, asked = tmp_path / "texts.jsonl", {"beams": 4}
+    Kept(path, asked).add({2: "two", 0: "£ null"})
+    with open(path, "ab") as file:
+        file.write(b'{"index": 1, "te')
+    again = Kept(path, asked)
+    assert again.texts == {2: "two", 0: "£ null"}
+    again.add({1: "one"})
+    assert Kept(path, asked).texts == {2: "two", 0: "£ null", 1: "one"}
+    assert Kept(path, {"beams": 1}).texts == {} == Kept(path, asked).texts
+
+
+def finished_run(folder, **metrics):
+    """A run's folder, as train.py leaves it, without its tensors."""
+    folder.mkdir(parents=True)
+    config = Config(method="lora", rank=4, base="models/tiny", data="DIR/e2e", seed=2, packing=True, out_dir=str(folder))
+    (folder / "config.toml").write_text(write_toml(config))
+    content = {"method": "lora", "trainable": 1234, "loss_before": 3.0, "val_loss": 1.0, "seconds": 60, "peak_bytes": 5e8, "adapter_bytes": 12345, "seed": 2, "steps": 9}
+    (folder / "metrics.json").write_text(json.dumps(content | metrics))
+    return config
+
+
+def test_results_are_kept_and_shown(tmp_path, script, refused):
+    config = finished_run(tmp_path / "out" / "lora-2")
+    args = evaluate.parse([str(tmp_path / "out" / "lora-2"), "--beams", "10", "--results", "r"])
+    scored = row(run=args.runs[0], settings=evaluate.settings_but_seed(config), texts=3)
+    done = result_row(scored, args)
+    assert done["run"] == "lora-2" and done["val_loss"] == 1.0 and done["seed"] == 2 and "--beams 10" in done["commands"][1]
+    train, *flags = done["commands"][0].split()[1:]
+    again = command_line(flags)
+    assert train == "train.py" and evaluate.settings_but_seed(again) == scored["settings"] and again.seed == 2 and again.packing
+    file = tmp_path / "results" / "r.jsonl"
+    results.add(file, [done | {"BLEU": 0.1}, done | {"run": "full-1", "trainable": 10**6}])
+    results.add(file, [done, done | {"run": "lora-1", "BLEU": 0.6}])
+    rows = results.read(file)
+    assert [found["run"] for found in rows] == ["full-1", "lora-1", "lora-2"]
+    shown = script("evaluate.py", "--results", file, "--markdown").stdout
+    assert shown == table(rows, RESULT_COLUMNS, markdown=True) + "\n" and "| lora | 1,234 | 55.0 ± 7.1 |" in shown
+    assert len(json.loads(script("evaluate.py", "--results", file, "--json").stdout)) == 3
+    with open(file, "a") as appended:
+        appended.write('{"run": 3}\n')
+    assert "r.jsonl, line 5: run is 3; it must be text" in refused("evaluate.py", "--results", file)
+    assert "No such file" in refused("evaluate.py", "--results", tmp_path / "none.jsonl")
+    assert as_flags({"a": True, "b": "x y"}) == "--a true --b 'x y'"
+
+
+def test_a_table_is_there_without_torch(tmp_path):
+    code = "import sys; sys.argv = ['evaluate.py']; import runpy; runpy.run_path('lib/results.py'); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=evaluate.__file__.rpartition("/")[0]).returncode == 0
+
+
+def test_an_evaluation_goes_on(tmp_path, script, real_data):
+    """Texts that are there are not written again, nor is a model then needed; another question writes anew."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for name, lines in (("devset.csv", 60), ("testset_w_refs.csv", 40)):
+        text = (real_data / "e2e" / name).read_text(encoding="utf-8-sig").splitlines(keepends=True)
+        (data / name).write_text("".join(text[:lines]))
+    made = script("train.py", "--method", "ia3", "--base", real_data / "stories260k", "--data", data, "--max_iters", 2, "--out_dir", tmp_path / "run", "--sample_count", 0,
+                  "--eval_sequences", 8, "--dtype", "float32")
+    assert made.returncode == 0, made.stderr
+    command = ("evaluate.py", tmp_path / "run", "--max_new_tokens", 5, "--batch_size", 4)
+    first = script(*command)
+    path = tmp_path / "run" / "texts.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], lines[3].replace('"text": "', '"text": "kept '), ""]))
+    second = script(*command)
+    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()[1:]]
+    assert first.returncode == second.returncode == 0 and len(texts) == len(lines) - 1
+    assert sum(text.startswith("kept ") for text in texts) == 1
+    (tmp_path / "run" / "adapter.pt").unlink()
+    assert script(*command).stdout == second.stdout
+    assert script(*command, "--beams", 2).returncode == 2
