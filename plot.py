@@ -5,13 +5,14 @@ Pictures of what runs leave on disk; needs matplotlib.
     python plot.py spectra out/lora -o spectra.png            # singular values of each layer's change
     python plot.py memory a.json b.json -o memory.png         # what `python memory.py ... --json` printed
     python plot.py codebooks [MODEL.safetensors] -o a.svg     # levels of codes over a histogram of weights
+    python plot.py results results/e2e.jsonl -o results.png   # scores over trained parameters
 """
 
 import argparse
 import sys
 from collections import Counter
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 from lib.checks import Parser, check, parse_json, shown, typed
 from lib.config import run_main
@@ -20,7 +21,7 @@ from lib.config import run_main
 def parse(args):
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("loss", "spectra", "memory", "codebooks"))
+    parser.add_argument("kind", choices=("loss", "spectra", "memory", "codebooks", "results"))
     parser.add_argument("files", nargs="*")
     parser.add_argument("-o", "--output", default="plot.png")
     parsed = parser.parse_args(args)
@@ -40,6 +41,7 @@ import torch
 
 import peft
 import quant
+from lib import results as kept_results
 from lib.files import read_bytes, read_json_lines, read_tensors
 
 COLORS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e",
@@ -214,9 +216,33 @@ def codebooks(files):
     return fig
 
 
+# -----------------------------------------------------------------------------
+# results
+
+
+def results(files):
+    """BLEU and validation loss over the trained parameters: a point a method, its deviation over the seeds as a bar."""
+    rows = [row for path in files for row in kept_results.read(path)]
+    fig, axes = figure(1, 2, 11, 4.6)
+    panels = {"BLEU": ("BLEU", 100), "val_loss": ("validation loss (nats a token)", 1)}
+    for ax, (key, (title, factor)) in zip(axes, panels.items()):
+        for group, color in zip(kept_results.by_settings(rows), COLORS * len(rows)):
+            values = [row[key] * factor for row in group if row[key] is not None]
+            if not values:
+                continue
+            trained, mean = group[0]["trainable"], fmean(values)
+            deviation = stdev(values) if len(values) > 1 else 0
+            ax.errorbar(trained, mean, deviation, fmt="o", ms=6, capsize=3, color=color)
+            ax.annotate(kept_results.name_of(group[0]), (trained, mean), (5, 4), textcoords="offset points", fontsize=8)
+        ax.set(xscale="log", xlabel="trained parameters", ylabel=title)
+        ax.margins(x=0.12, y=0.1)
+    return fig
+
+
 def main(args):
     """Draws the picture from the files, writes it, and prints where."""
-    draw = {"loss": loss, "spectra": spectra, "memory": memory, "codebooks": codebooks}[args.kind]
+    draw = {"loss": loss, "spectra": spectra, "memory": memory, "codebooks": codebooks,
+            "results": results}[args.kind]
     draw(args.files).savefig(args.output, dpi=160)
     print(args.output)
 

@@ -11,7 +11,7 @@ import plot
 import quant
 from conftest import tiny
 from model import GPT
-from lib import checkpoint
+from lib import checkpoint, results
 
 pytest.importorskip("matplotlib")
 
@@ -69,3 +69,13 @@ def test_files(run, script, refused):
     assert "nothing to draw" in refused("plot.py", "loss")
     (run / "b.json").write_text("[1]")
     assert "not what memory.py --json prints" in refused("plot.py", "memory", run / "b.json")
+
+
+def test_results(tmp_path):
+    rows = [{"run": f"lora-{seed}", "settings": "a", "trainable": 1000, "BLEU": 0.5 + seed / 10, "val_loss": 1.0} for seed in (1, 2)]
+    rows += [{"run": "full-1", "settings": "b", "trainable": 10**6, "BLEU": 0.7, "val_loss": 0.9}]
+    results.add(tmp_path / "r.jsonl", rows)
+    bleu, val = plot.results([tmp_path / "r.jsonl"]).axes
+    assert [text.get_text() for text in bleu.texts] == ["full", "lora"] and bleu.get_xscale() == "log"
+    heights = [float(container.lines[0].get_ydata()[0]) for container in bleu.containers]
+    assert heights == pytest.approx([70, 65]) and len(val.containers) == 2
