@@ -121,13 +121,23 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+_earlier_peak = 0                # of a GPU, before its allocator began to count anew
+
+
+def count_peak_anew():
+    """From here on torch.cuda.max_memory_allocated tells of what follows; peak_bytes still tells of all."""
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
+
+
 def peak_bytes():
     """
     The most bytes that were in use at any time. (getrusage's maximum begins with what the starting process
     had.)
     """
     if torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return max(_earlier_peak, torch.cuda.max_memory_allocated())
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
