@@ -431,11 +431,16 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
             return tracked_step(model, batch, seq, device, *settings)
 
     report = report_by_few_blocks(track, config, method, storage)
+    with_constants(report, device, n_threads=2)
+    return report | {"method": method, "batch": batch, "seq": seq}
+
+
+def with_constants(report, device, n_threads):
+    """Adds to a report what a process on a GPU takes beside its tensors. n_threads: how many of it multiply."""
     if device == "cuda":
-        constants = {"cuBLAS workspaces": cublas_workspaces(2), "CUDA context": CUDA_CONTEXT}
+        constants = {"cuBLAS workspaces": cublas_workspaces(n_threads), "CUDA context": CUDA_CONTEXT}
         report["parts"] |= constants
         report["peak"] += sum(constants.values())
-    return report | {"method": method, "batch": batch, "seq": seq}
 
 
 def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload, packed):
@@ -479,6 +484,7 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
             return tracker
 
     report = report_by_few_blocks(track, config, method, storage)
+    with_constants(report, device, n_threads=1)
     return {"peak": report["peak"], "parts": report["parts"]}
 
 

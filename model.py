@@ -287,7 +287,7 @@ class Attention(nn.Module):
         groups = q.size(1) // k.size(1)
         shares_keys = mask is None and q.dtype != torch.float32
         if groups > 1 and T > 1 and not shares_keys and device_type(q) != "cpu":
-            # A GPU's kernels for masks or float32 want as many keys as queries; others make all scores at once.
+            # A GPU's kernels for masks, or for float32, want as many keys as queries; others make all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
