@@ -539,7 +539,7 @@ def quantize(weight, scheme, block=64, double=False, name="weight"):
 
 def _encode_scales(absmax):
     """Double quantization: absmax (n,) float32 -> codes (n,) uint8, their scales (ceil(n / 256),), offset ()."""
-    host = absmax.cpu()                                # A GPU adds in another order: other bits would be stored.
+    host = absmax.cpu()                                # A GPU adds in another order: the bits would differ.
     offset = host.mean()
     if not bool(offset.isfinite()):
         offset = host.double().mean().float()          # the sum was beyond float32
