@@ -121,8 +121,17 @@ def estimate(config, seq=512, batch=1, float_size=2, trainable=None):
 # counting
 
 CUDA_CONTEXT = 500 * 10**6      # bytes of a process with CUDA beside those of the allocator
-CUBLAS_WORKSPACE = 8_519_680    # bytes that cuBLAS asks of the allocator at first; 32 MiB on Hopper
 ALLOCATION_UNIT = {"cuda": 512, "cpu": 1}       # an allocation takes a multiple of this many bytes
+
+
+def cublas_workspaces(n_threads):
+    """
+    Bytes that cuBLAS asks of the allocator: for each thread that multiplies, of which the backward pass has one
+    of its own. Where there is a GPU in use it says how many these are, else it counts as older than Hopper.
+    """
+    hopper = torch.cuda.is_initialized() and torch.cuda.get_device_capability() == (9, 0)
+    return n_threads * (2**25 if hopper else 8_519_680)
+
 
 PART_OF_MODULE = {"attn": "attention", "ffn": "ffn", "norm": "norms", "norm1": "norms", "norm2": "norms",
                   "after1": "norms", "after2": "norms",
@@ -408,7 +417,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     of which gradient_accumulation_steps make a step; packed: instead of these, for each micro-batch the lengths of
     the sequences that lie side by side in it. storage: quant.Storage of the base (None: as the method
     has it). device: "cuda" or "cpu", whose rounding and kernels are assumed; on "cuda" the parts hold the
-    context and cuBLAS's workspace as constants. The first step's own peak can be lower, because Adam's states
+    context and cuBLAS's workspaces as constants. The first step's own peak can be lower, because Adam's states
     are counted as being there. ValueError where such a batch does not fit into the model's context.
     """
     config = preset(config) if isinstance(config, str) else config
@@ -422,10 +431,16 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
             return tracked_step(model, batch, seq, device, *settings)
 
     report = report_by_few_blocks(track, config, method, storage)
-    if device == "cuda":
-        report["parts"] |= {"cuBLAS workspace": CUBLAS_WORKSPACE, "CUDA context": CUDA_CONTEXT}
-        report["peak"] += CUBLAS_WORKSPACE + CUDA_CONTEXT
+    with_constants(report, device, n_threads=2)
     return report | {"method": method, "batch": batch, "seq": seq}
+
+
+def with_constants(report, device, n_threads):
+    """Adds to a report what a process on a GPU takes beside its tensors. n_threads: how many of it multiply."""
+    if device == "cuda":
+        constants = {"cuBLAS workspaces": cublas_workspaces(n_threads), "CUDA context": CUDA_CONTEXT}
+        report["parts"] |= constants
+        report["peak"] += sum(constants.values())
 
 
 def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload, packed):
@@ -469,6 +484,7 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
             return tracker
 
     report = report_by_few_blocks(track, config, method, storage)
+    with_constants(report, device, n_threads=1)
     return {"peak": report["peak"], "parts": report["parts"]}
 
 

@@ -285,8 +285,9 @@ class Attention(nn.Module):
         if mask is None and (S > T or 0 < self.window < T):
             mask = causal_mask(T, S, self.window, q.device)
         groups = q.size(1) // k.size(1)
-        if groups > 1 and T > 1 and mask is not None and device_type(q) != "cpu":
-            # A GPU's kernels that take a mask want as many keys as queries; others make all scores at once.
+        shares_keys = mask is None and q.dtype != torch.float32
+        if groups > 1 and T > 1 and not shares_keys and device_type(q) != "cpu":
+            # A GPU's kernels for masks, or for float32, want as many keys as queries; others make all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)

@@ -140,7 +140,7 @@ WIDE, NARROW = "weights, 16 or 32 bits", "weights, 4 or 8 bits"
 KIND_OF_PART = {"weights float32": WIDE, "weights bfloat16": WIDE,
                 "attention": "activations", "ffn": "activations", "norms": "activations",
                 "residuals": "activations", "adapters": "activations", "embedding": "activations",
-                "cuBLAS workspace": "CUDA", "CUDA context": "CUDA"}
+                "cuBLAS workspaces": "CUDA", "CUDA context": "CUDA"}
 KINDS = (WIDE, NARROW, "adapter", "gradients", "optimizer states", "activations", "logits and loss",
          "temporaries", "CUDA")         # as they lie upon each other, from below
 

@@ -15,8 +15,8 @@ becomes the code of the nearest level. What is stored is the codes and, once a b
 
 import difflib
 import functools
-import importlib.util
 import math
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -324,13 +324,15 @@ def _decode(packed, scales, code, n, block):
 
 def _values(packed, code, n):
     """The levels of n packed codes, (n,) float32."""
-    if code.signed:
+    if code.signed and device_type(packed) == "cpu":
         return packed.float().div_(code.top)
     if code.bits == 4 and device_type(packed) == "cpu":
         pairs = _lookup(_table(_pairs, code, packed.device), packed.long())
         return pairs.view(torch.float32)[:n]
-    codes = unpack(packed, code.bits, n)
-    return _table(_levels, code, packed.device)[codes.int()]
+    levels = _table(_levels, code, packed.device)
+    if code.signed:                    # A GPU divides by a number as it multiplies with its rounded inverse.
+        return levels[packed.int() + code.top]
+    return levels[unpack(packed, code.bits, n).int()]
 
 
 def _pairs(code):
@@ -344,24 +346,8 @@ def _fill(packed, scales, out, code, block):
     out.copy_(_decode(packed, scales, code, len(out), block))
 
 
-_compiled_fill = None       # one kernel of an accelerator; False without a compiler, or after it has failed
-
-
-def _fill_by_kernel(*arguments):
-    """Whether a compiled _fill did it."""
-    global _compiled_fill
-    if _compiled_fill is None:
-        _compiled_fill = importlib.util.find_spec("triton") is not None and torch.compile(_fill, dynamic=True)
-    if _compiled_fill:
-        try:
-            _compiled_fill(*arguments)
-        except Exception:   # whatever a compiler raises that finds no C compiler, or does not know the device
-            _compiled_fill = False
-    return bool(_compiled_fill)
-
-
 def _fill_in_chunks(packed, scales, out, code, block):
-    """_fill, so that no intermediate result is as large as the weight; a kernel has none."""
+    """_fill, so that no intermediate result is as large as the weight; a GPU's kernel has none."""
     if device_type(out) == "cuda" and (simulating() or _fill_by_kernel(packed, scales, out, code, block)):
         return
     length = _chunk_length(out, block)
@@ -370,6 +356,53 @@ def _fill_in_chunks(packed, scales, out, code, block):
     chunks = tuple(zip(packed_chunks, scale_chunks, out.split(length)))
     for chunk in representatives(chunks):
         _fill(*chunk, code, block)
+
+
+@functools.cache
+def _kernel():
+    """_fill as one kernel of a GPU, in Triton: each number of out on its own."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def fill(packed, scales, levels, out, n, bits: tl.constexpr, zero: tl.constexpr, block: tl.constexpr,
+             width: tl.constexpr):
+        i = tl.program_id(0) * width + tl.arange(0, width)
+        inside = i < n
+        bit = i % 8 * bits                                       # Eight codes begin at a byte.
+        place = packed + i // 8 * bits + bit // 8
+        code = tl.load(place, mask=inside, other=0).to(tl.int32) + zero
+        if bits < 8:
+            bit = bit % 8
+            word = code << 8
+            if 8 % bits:                                         # A code may lie in two bytes.
+                word |= tl.load(place + 1, mask=inside & (bit + bits > 8), other=0).to(tl.int32)
+            code = (word >> (16 - bits - bit)) & (2**bits - 1)
+        scale = tl.load(scales + i // block, mask=inside, other=0.0)
+        tl.store(out + i, tl.load(levels + code) * scale, mask=inside)
+
+    return fill
+
+
+_kernel_fails = False
+
+
+def _fill_by_kernel(packed, scales, out, code, block, width=1024):
+    """Whether the kernel did it. What keeps it from that, as a missing C compiler does, is told once."""
+    global _kernel_fails
+    n = len(out)
+    if _kernel_fails or n > 2**31 - width:                       # Its indices are of 32 bits.
+        return False
+    levels = _table(_levels, code, out.device)
+    zero = code.top if code.signed else 0
+    try:
+        with torch.cuda.device_of(out):
+            _kernel()[-(-n // width),](packed, scales, levels, out, n, code.bits, zero, block, width)
+    except Exception as error:         # whatever Triton raises that is not there, or finds no compiler
+        _kernel_fails = True
+        reason = str(error).strip().partition("\n")[0]
+        print(f"dequantization has no kernel of its own here and takes longer: {reason}", file=sys.stderr)
+    return not _kernel_fails
 
 
 # -----------------------------------------------------------------------------
@@ -439,8 +472,9 @@ class QuantizedTensor:
         """The absmax of each block, (n_blocks,) float32, double quantization undone."""
         if not self.double:
             return self.absmax
-        deviations = _decode(self.absmax, self.absmax2, DYNAMIC, len(self.absmax), NESTED_BLOCK)
-        return deviations + self.offset
+        scales = self.absmax2.new_empty(len(self.absmax))
+        _fill_in_chunks(self.absmax, self.absmax2, scales, DYNAMIC, NESTED_BLOCK)
+        return scales.add_(self.offset)
 
     def dequantize(self, dtype=None, out=None):
         """
@@ -505,9 +539,11 @@ def quantize(weight, scheme, block=64, double=False, name="weight"):
 
 def _encode_scales(absmax):
     """Double quantization: absmax (n,) float32 -> codes (n,) uint8, their scales (ceil(n / 256),), offset ()."""
-    offset = absmax.mean()
+    host = absmax.cpu()                                # A GPU adds in another order: the bits would differ.
+    offset = host.mean()
     if not bool(offset.isfinite()):
-        offset = absmax.double().mean().float()        # the sum was beyond float32
+        offset = host.double().mean().float()          # the sum was beyond float32
+    offset = offset.to(absmax.device)
     return *_encode(absmax - offset, DYNAMIC, NESTED_BLOCK), offset
 
 

@@ -217,7 +217,7 @@ def predict_generation(run, length):
 def measured(run, micro_batches):
     """Says how much memory the step within took at its peak, and what was predicted for its shape."""
     if run.device.type == "cuda":
-        machine.Peak.begin_anew()
+        machine.count_peak_anew()
         yield
         peak = torch.cuda.max_memory_allocated() + memory.CUDA_CONTEXT
     else:

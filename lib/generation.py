@@ -209,13 +209,15 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, gene
             x = model.hidden(tokens, cache, pos)
             token = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
             result = torch.full((len(prompts),), -1)
-            result[rows] = token.cpu()
+            result[rows] = on_host = token.cpu()
             yield result
-            goes_on = ~torch.isin(token.cpu(), stops)
+            goes_on = ~torch.isin(on_host, stops)
             if not goes_on.any() or cache.seen + model.reserved == model.config.block_size:
                 return
             if not goes_on.all():
                 kept = goes_on.nonzero().squeeze(1)
-                rows, token = rows[kept], token[kept]
+                rows = rows[kept]
+                kept = kept.to(token.device)
+                token = token[kept]
                 cache.select(kept)
             tokens, pos = token[:, None], cache.next

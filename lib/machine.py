@@ -122,21 +122,14 @@ def resident_bytes():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-class Peak:
-    """The most bytes that torch has allocated on a GPU, also before its own count was begun anew."""
+_earlier_peak = 0                # of a GPU, before its allocator began to count anew
 
-    earlier = 0
 
-    @classmethod
-    def begin_anew(cls):
-        """From here on torch.cuda.max_memory_allocated() tells of what follows."""
-        cls.earlier = cls.bytes()
-        torch.cuda.reset_peak_memory_stats()
-
-    @classmethod
-    def bytes(cls):
-        """The most since the process began."""
-        return max(cls.earlier, torch.cuda.max_memory_allocated())
+def count_peak_anew():
+    """From here on torch.cuda.max_memory_allocated tells of what follows; peak_bytes still tells of all."""
+    global _earlier_peak
+    _earlier_peak = max(_earlier_peak, torch.cuda.max_memory_allocated())
+    torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes():
@@ -145,7 +138,7 @@ def peak_bytes():
     had.)
     """
     if torch.cuda.is_initialized():
-        return Peak.bytes()
+        return max(_earlier_peak, torch.cuda.max_memory_allocated())
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

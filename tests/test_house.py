@@ -13,7 +13,7 @@ from lib.families import FAMILIES
 FILES = [*ROOT.glob("*.py"), *(path for path in ROOT.glob("lib/*.py") if path.name != "__init__.py")]
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text()) for path in FILES}
 NAMES = {name.removesuffix(".py").replace("/", "."): name for name in TREES}             # "lib.files" -> "lib/files.py"
-OPTIONAL = {"safetensors", "tokenizers", "jinja2", "matplotlib", "pycocoevalcap", "transformers", "gguf"}
+OPTIONAL = {"safetensors", "tokenizers", "jinja2", "matplotlib", "pycocoevalcap", "transformers", "gguf", "triton"}
 
 
 def imported(node):

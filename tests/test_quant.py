@@ -3,6 +3,7 @@ quant.py against oracles that share no code with it: the slide, formulas in nump
 (run by the interpreter that NANOPEFT_PEERS names, in a process of its own).
 """
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -753,3 +754,18 @@ def test_compiled_as_one_graph(backend):
     torch.testing.assert_close((up - loss()) / 2, expected, rtol=1e-2, atol=1e-5)
     layer.eval()
     torch.testing.assert_close(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("scheme", CODES)
+def test_the_gpus_kernel_interpreted(scheme, monkeypatch):
+    """Triton's interpreter runs it on a CPU. (It cuts numbers to bfloat16 instead of rounding them.)"""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    quant._kernel.cache_clear()
+    for shape, block, dtype in (((7, 33), 16, torch.float32), ((64, 100), None, torch.float16), ((300, 64), 4096, torch.float32)):
+        q = quantize(torch.randn(shape).to(dtype), scheme, block)
+        out = torch.empty(shape, dtype=dtype)
+        assert quant._fill_by_kernel(q.packed, q.absmax, out.view(-1), CODES[scheme], q.weights_per_scale)
+        assert torch.equal(out, q.dequantize())
+    quant._kernel.cache_clear()
