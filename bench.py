@@ -7,15 +7,18 @@ Speed and memory beside the stack that people use, and beside what the hardware 
     python bench.py quant --peer                       # 4096 x 4096: quantize, dequantize
     python bench.py generate --batch 64                # prompts in a batch, and one at a time
     python bench.py grow                               # by sequence length, rank and model, beside memory.py
+    python bench.py gpu --peer                         # a GPU: models of today, dense and QLoRA, in three minutes
 
-Every side is a process of its own; the sides alternate, what is printed are medians, and the last line is
-JSON. The peers are peft + bitsandbytes + transformers (requirements-peers.txt), run by the Python that
-NANOPEFT_PEERS names: as they come, and with the C library's allocator told to keep memory, as nanopeft
-tells it itself.
+Every side is a process of its own, on a GPU one for all jobs; the sides alternate, what is printed are medians,
+and the last line is JSON. A preset's weights are random. The peers are peft + bitsandbytes + transformers
+(requirements-peers.txt), run by the Python that NANOPEFT_PEERS names: as they come and, on a CPU, with the C
+library's allocator told to keep memory, as nanopeft tells it itself.
 """
 
 import argparse
 import dataclasses
+import functools
+import gc
 import json
 import os
 import statistics
@@ -29,14 +32,15 @@ from pathlib import Path
 
 from lib.checks import Parser, check, checked, parse_json
 from lib.config import Config, run_main
+from lib.files import write_json
 
 
 def parse(args):
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "grow", "worker"))
-    parser.add_argument("job", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("what", choices=("step", "epoch", "loss", "quant", "generate", "grow", "gpu", "worker"))
     parser.add_argument("--base", help="a checkpoint's folder, a preset, or llama-124m (default of loss)")
+    parser.add_argument("--method", default="qlora", help="qlora, or any other on a dense base")
     parser.add_argument("--than", default="", help="other methods of ours, joined by commas")
     parser.add_argument("--single", action="store_true", help="the base's scales stay in float32")
     parser.add_argument("--rank", type=int, default=8)
@@ -103,9 +107,12 @@ def timed(function, n, device):
 
 
 def prepared_device(job):
-    """The torch.device of a job, ready for the first product."""
+    """The torch.device of a job, ready for the first product and rid of the last job's memory."""
     device = machine.pick_device(job.device)
     machine.prepare(device)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
     return device
 
 
@@ -114,11 +121,38 @@ def storage_of(job):
     return quant.Storage("nf4", double=job.double) if job.method == "qlora" else None
 
 
+def load_base(job, device):
+    """The base of a job, of whose folder config.json alone is there where the weights shall be random."""
+    dtype = getattr(torch, job.dtype)
+    if [path.name for path in Path(job.base).iterdir()] == ["config.json"]:
+        return random_base(origin.read_config(job.base), dtype, storage_of(job), device)
+    return checkpoint.load_base(job.base, dtype, storage_of(job), device)
+
+
+def random_base(config, dtype, storage, device):
+    """A base with random weights as checkpoint.load_base makes it, each made on the device and stored before the next."""
+    with torch.device("meta"):
+        model = GPT(config, dtype)
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    if storage:
+        quant.store(model, storage, empty=True)
+    for name, shape in shapes.items():
+        weight = torch.ones(shape, dtype=dtype, device=device)
+        if len(shape) > 1:
+            weight.normal_(std=0.02)
+        checkpoint.set_parameter(model, name, weight, dtype, storage)
+    if config.tied:
+        model.head.weight = model.embed.tokens.weight
+    model.make_frequencies(device)
+    model.base_fingerprint = "random"
+    return model.requires_grad_(False)
+
+
 def set_up(job):
     """(model, optimizer, device) of a job, ready to train."""
     device = prepared_device(job)
     torch.manual_seed(0)
-    model = checkpoint.load_base(job.base, getattr(torch, job.dtype), storage_of(job), device)
+    model = load_base(job, device)
     peft.apply(model, job.method, rank=job.rank)
     if job.adapter:
         peft.load_adapter(model, Path(job.adapter, "adapter.pt"))
@@ -141,8 +175,34 @@ def random_batches(job, model, device):
     return batches
 
 
+def peak_of(device):
+    """The most bytes of this process; on a GPU of its allocator since measure_from_here."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else machine.peak_bytes()
+
+
+def measure_from_here(device):
+    """A GPU's peak shall be that of what follows, not of making the model."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
+
+def limits(device, dtype):
+    """
+    What the hardware can do: {"rate_of_products": floating-point operations a second of a large product,
+    "bandwidth": bytes a second that a copy reads and writes}, several values each.
+    """
+    n = 8192 if device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=device).to(dtype)
+    source = torch.zeros(16 * n, n, dtype=torch.uint8, device=device)
+    out = torch.empty_like(source)
+    products = timed(lambda: a @ a, 7, device)
+    copies = timed(lambda: out.copy_(source), 7, device)
+    return {"rate_of_products": [2 * n**3 / t for t in products],
+            "bandwidth": [2 * source.nbytes / t for t in copies]}
+
+
 def measure_step(job):
-    """Training steps; and the rate of a large product of this type, in floating-point operations a second."""
+    """Training steps; the hardware's limits; on a GPU the peak that memory.py predicts, without CUDA's context."""
     model, optimizer, device = set_up(job)
     batches = iter(random_batches(job, model, device))
     losses = []
@@ -151,11 +211,15 @@ def measure_step(job):
         loss, _ = run.step(model, optimizer, [next(batches)], grad_clip=1.0)
         losses.append(float(loss))
 
+    measure_from_here(device)
     seconds = timed(step, job.steps, device)
-    peak = machine.peak_bytes()
-    a = torch.randn(2048, 2048, device=device).to(getattr(torch, job.dtype))
-    rates = [2 * 2048**3 / t for t in timed(lambda: a @ a, 7, device)]
-    return {"seconds": seconds, "losses": losses, "peak": [peak], "rate_of_products": rates}
+    figures = {"seconds": seconds, "losses": losses, "peak": [peak_of(device)]}
+    dtype = getattr(torch, job.dtype)
+    if device.type == "cuda":
+        peak = memory.predicted_peak(model.config, job.method, job.batch, job.seq, dtype=dtype,
+                                     storage=storage_of(job), rank=job.rank)
+        figures["predicted"] = [peak - memory.CUDA_CONTEXT]
+    return figures | limits(device, dtype)
 
 
 def measure_epoch(job):
@@ -169,22 +233,30 @@ def measure_epoch(job):
         tokens, targets = next(batches)
         run.step(model, optimizer, [(tokens.to(device), targets.to(device))], grad_clip=1.0)
 
-    return {"seconds": [sum(timed(step, job.steps, device))], "peak": [machine.peak_bytes()]}
+    measure_from_here(device)
+    return {"seconds": [sum(timed(step, job.steps, device))], "peak": [peak_of(device)]}
+
+
+def shape_of_quant(device):
+    """(rows, columns) of the matrix that is quantized: one that a GPU's cache does not hold."""
+    return (28672, 8192) if device.type == "cuda" else (4096, 4096)
 
 
 def measure_quant(job):
-    """A 4096 x 4096 matrix to NF4, and back to bfloat16 in memory that is kept."""
+    """A matrix to NF4, and back to bfloat16 in memory that is kept; with double quantization too."""
     device = prepared_device(job)
-    W = torch.randn(4096, 4096, device=device)
-    q, out = quant.quantize(W, "nf4"), torch.empty(4096, 4096, dtype=torch.bfloat16, device=device)
+    W = torch.randn(shape_of_quant(device), device=device)
+    q, double = quant.quantize(W, "nf4"), quant.quantize(W, "nf4", double=True)
+    out = torch.empty(W.shape, dtype=torch.bfloat16, device=device)
     return {"quantize": timed(lambda: quant.quantize(W, "nf4"), 5, device),
-            "dequantize": timed(lambda: q.dequantize(out=out), 9, device)}
+            "dequantize": timed(lambda: q.dequantize(out=out), 9, device),
+            "dequantize, double": timed(lambda: double.dequantize(out=out), 9, device)} | limits(device, getattr(torch, job.dtype))
 
 
 def measure_generate(job):
     """32 tokens after each of a batch of prompts, together and one at a time."""
     device = prepared_device(job)
-    model = checkpoint.load_base(job.base, getattr(torch, job.dtype), storage_of(job), device).eval()
+    model = load_base(job, device).eval()
     V, g = model.config.vocab_size, torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 40, (job.batch,), generator=g).tolist()
     prompts = [torch.randint(V, (n,), generator=g).tolist() for n in lengths]
@@ -198,7 +270,7 @@ def measure_generate(job):
 
 
 def measure_grow(job):
-    """A step's seconds, and the bytes of the last step as memory.Tracker counts them."""
+    """A step's seconds; the bytes of the last step, on a CPU as memory.Tracker counts them."""
     model, optimizer, device = set_up(job)
     *batches, last = random_batches(job, model, device)
     remaining = iter(batches)
@@ -207,6 +279,10 @@ def measure_grow(job):
         run.step(model, optimizer, [next(remaining)], grad_clip=1.0)
 
     seconds = timed(step, job.steps - 1, device)
+    if device.type == "cuda":
+        measure_from_here(device)
+        run.step(model, optimizer, [last], grad_clip=1.0)
+        return {"seconds": seconds, "counted": [peak_of(device) + memory.CUDA_CONTEXT]}
     with memory.Tracker(model, optimizer) as tracker:
         run.step(model, optimizer, [last], grad_clip=1.0)
     return {"seconds": seconds, "counted": [tracker.report()["peak"]]}
@@ -219,36 +295,68 @@ MEASURES = {"step": measure_step, "epoch": measure_epoch, "quant": measure_quant
 # the peers' side: code for their interpreter
 
 PEER = r'''
-import json, resource, sys, time
+import gc, json, resource, sys, time
 import torch
 
-job = json.loads(sys.argv[1])
-g = torch.Generator().manual_seed(1)
+def sync():
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 def timed(function, n):
     seconds = []
     for _ in range(n + 1):
         start = time.perf_counter()
         function()
+        sync()
         seconds.append(time.perf_counter() - start)
     return seconds[1:]
 
 def quantization():
     import bitsandbytes.functional as F
-    W = torch.randn(4096, 4096)
-    q, state = F.quantize_4bit(W, blocksize=64, quant_type="nf4")
-    state.dtype = torch.bfloat16
-    return {"quantize": timed(lambda: F.quantize_4bit(W, blocksize=64, quant_type="nf4"), 5),
-            "dequantize": timed(lambda: F.dequantize_4bit(q, state), 9)}
+    W = torch.randn((28672, 8192) if device.type == "cuda" else (4096, 4096), device=device)
+    figures = {"quantize": timed(lambda: F.quantize_4bit(W, blocksize=64, quant_type="nf4"), 5)}
+    for name, double in (("dequantize", False), ("dequantize, double", True)):
+        q, state = F.quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=double)
+        state.dtype = torch.bfloat16
+        figures[name] = timed(lambda: F.dequantize_4bit(q, state), 9)
+    return figures
+
+def random_base(dtype):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(job["base"])
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return stored(model, dtype) if job["method"] == "qlora" else model
+
+def stored(model, dtype):   # what from_pretrained does with BitsAndBytesConfig
+    import bitsandbytes as bnb
+    settings = dict(quant_type="nf4", compress_statistics=job["double"])
+    for name, old in list(model.named_modules()):
+        if isinstance(old, torch.nn.Linear) and name != "lm_head":
+            new = bnb.nn.Linear4bit(old.in_features, old.out_features, old.bias is not None, dtype, device="meta", **settings)
+            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
+            new.bias = old.bias
+            model.set_submodule(name, new.to(device))
+    model.is_loaded_in_4bit = True
+    return model
+
+def load_base():
+    import os
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    dtype = getattr(torch, job["dtype"])
+    if os.listdir(job["base"]) == ["config.json"]:
+        return random_base(dtype)
+    options = {}
+    if job["method"] == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=dtype)
+    if device.type == "cuda":
+        options["device_map"] = {"": 0}
+    return AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, attn_implementation="sdpa", **options)
 
 def load_model():
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from peft import LoraConfig, PeftModel, get_peft_model
-    dtype = getattr(torch, job["dtype"])
-    storage = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                 bnb_4bit_use_double_quant=job["double"], bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(job["base"], dtype=dtype, attn_implementation="sdpa",
-                                                 quantization_config=storage)
+    model = load_base()
     model.config.use_cache = False
     if job["adapter"]:
         model = PeftModel.from_pretrained(model, job["adapter"] + "/peft", is_trainable=True)
@@ -267,7 +375,7 @@ def load_model():
 
 def random_batches(vocab_size):
     for _ in range(job["steps"] + 1):
-        tokens = torch.randint(vocab_size, (job["batch"], job["seq"]), generator=g)
+        tokens = torch.randint(vocab_size, (job["batch"], job["seq"]), generator=g).to(device)
         yield dict(input_ids=tokens, labels=tokens)
 
 def padded_batches():       # random sequences, padded to the longest of a batch as the usual collator does
@@ -282,7 +390,7 @@ def padded_batches():       # random sequences, padded to the longest of a batch
             tokens[row, :len(ids)] = torch.tensor(ids)
             labels[row, n_prompt:len(ids)] = torch.tensor(ids[n_prompt:])
             mask[row, :len(ids)] = 1
-        yield dict(input_ids=tokens, labels=labels, attention_mask=mask)
+        yield {"input_ids": tokens.to(device), "labels": labels.to(device), "attention_mask": mask.to(device)}
 
 def training():
     model = load_model()
@@ -298,11 +406,40 @@ def training():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     seconds = timed(step, job["steps"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
     return {"seconds": [sum(seconds)] if epoch else seconds, "losses": losses, "peak": [peak]}
 
-print(json.dumps(quantization() if job["what"] == "quant" else training()))
+def generation():
+    from transformers import GenerationConfig
+    model = load_base().eval()
+    model.generation_config.eos_token_id = None
+    g.manual_seed(0)
+    lengths = torch.randint(8, 40, (job["batch"],), generator=g).tolist()
+    tokens, mask = torch.zeros(2, job["batch"], max(lengths), dtype=torch.long)
+    for row, n in enumerate(lengths):
+        tokens[row, -n:] = torch.randint(model.config.vocab_size, (n,), generator=g)
+        mask[row, -n:] = 1
+    tokens, mask = tokens.to(device), mask.to(device)
+    config = GenerationConfig(max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
+    def generate():
+        found = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+        assert found.shape[1] == tokens.shape[1] + 32
+    return {"together": timed(generate, 3)}
+
+for line in sys.stdin:
+    job = json.loads(line)
+    g = torch.Generator().manual_seed(1)
+    device = torch.device(job["device"])
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    measures = {"quant": quantization, "generate": generation}
+    print(json.dumps(measures.get(job["what"], training)()), flush=True)
 '''
 
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -312,22 +449,64 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "8589934592", "MALLOC_TRIM_THRESHOLD_": "
 # sides
 
 
+class Worker:
+    """A process that measures: a job comes in as a line of JSON, its figures go out as one."""
+
+    def __init__(self, command, environment):
+        self.errors = tempfile.TemporaryFile("w+")
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
+
+    def figures(self, job):
+        """What it has measured, {name: [values]}. ValueError with its last words where it fails."""
+        try:
+            self.process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass                                                 # It has failed; why is read below.
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        self.errors.seek(0)
+        _, _, last_words = self.errors.read().strip().rpartition("\n")
+        raise ValueError(f"a side of the benchmark failed: {last_words}")
+
+    def end(self):
+        """No more jobs come."""
+        self.process.communicate()
+        self.errors.close()
+
+
 @dataclass(frozen=True)
 class Side:
-    """A process that measures a job and prints {name: [values]} as JSON in the last line."""
+    """Who measures a job."""
     name: str
     job: Job
-    command: tuple              # the job follows as the last argument
+    command: tuple
     environment: dict
 
     def figures(self):
-        """Runs the process. ValueError with its last words where it fails."""
-        command = [*self.command, json.dumps(dataclasses.asdict(self.job))]
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"} | self.environment
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        _, _, last_words = done.stderr.strip().rpartition("\n")
-        check(done.returncode == 0, f"a side of the benchmark failed: {last_words}")
-        return json.loads(done.stdout.strip().rpartition("\n")[2])
+        """The figures of the job, {name: [values]}."""
+        worker = WORKERS.pop(self.name, None) or Worker(self.command, self.environment)
+        try:
+            found = worker.figures(self.job)
+        except ValueError:
+            worker.end()
+            raise
+        if serves_on(self.job):
+            WORKERS[self.name] = worker
+        else:
+            worker.end()
+        return found
+
+
+WORKERS = {}        # those that serve on, by the side's name
+
+
+def serves_on(job):
+    """Whether a worker measures more than one job: not on a CPU, where the peak is that of the process."""
+    return job.device != "cpu"
 
 
 def ours(job, name="nanopeft"):
@@ -336,11 +515,14 @@ def ours(job, name="nanopeft"):
 
 
 def peers(job):
-    """The peers' sides of a job: as they come, and with an allocator that keeps memory."""
+    """The peers' sides of a job: as they come and, on a CPU, with an allocator that keeps memory."""
     check("NANOPEFT_PEERS" in os.environ, "the peers need NANOPEFT_PEERS, a Python with requirements-peers.txt")
-    command = os.environ["NANOPEFT_PEERS"], "-I", "-W", "ignore", "-c", PEER
-    return [Side("peft + bitsandbytes", job, command, {}),
-            Side("the same, allocator set", job, command, ALLOCATOR)]
+    # With -P our peft.py, in this folder, does not stand in for theirs.
+    command = os.environ["NANOPEFT_PEERS"], "-P", "-W", "ignore", "-c", PEER
+    sides = [Side("peft + bitsandbytes", job, command, {})]
+    if not serves_on(job):
+        sides.append(Side("the same, allocator set", job, command, ALLOCATOR))
+    return sides
 
 
 def all_figures(job, args):
@@ -403,16 +585,17 @@ def bench_step(job, args, folder):
     report = speed_report(figures, job.batch * job.seq, "tokens", title)
     own = report["nanopeft"]
     rate = statistics.median(figures["nanopeft"]["rate_of_products"])
-    share = flops_per_token(job) * own["tokens_per_second"]["median"] / rate
+    share = flops_per_token(origin.read_config(job.base)) * own["tokens_per_second"]["median"] / rate
     own |= {"rate_of_products": rate, "share_of_it": share}
     print(f"nanopeft runs at {share:.0%} of the {rate / 1e12:.2f} Tflop/s of a large product")
     return report
 
 
-def flops_per_token(job):
+@functools.cache
+def flops_per_token(config):
     """Operations of the products with the frozen matrices, forward and backward; without the attention's."""
     with torch.device("meta"):
-        model = GPT(origin.read_config(job.base))
+        model = GPT(config)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     return 4 * sum(p.numel() for p in (*matrices, model.head.weight))
 
@@ -455,24 +638,45 @@ def bench_loss(job, args, folder):
 
 
 def bench_quant(job, args, folder):
-    """Milliseconds to quantize and to dequantize."""
-    rows, report = [["4096 x 4096, NF4, block 64", "quantize, ms", "dequantize, ms"]], {}
-    for name, figures in all_figures(job, args).items():
-        report[name] = {}
-        for what, seconds in figures.items():
-            report[name][what] = spread([1000 * t for t in seconds])
-        rows.append([name, *map(spread_text, report[name].values())])
-    print(table(rows))
+    """Milliseconds to quantize and to dequantize; on a GPU what share of a copy's bandwidth that is."""
+    rows, cols = shape_of_quant(torch.device(job.device))
+    report = {}
+    table_rows = [[f"{rows} x {cols}, NF4, block 64", *(f"{what}, ms" for what in QUANT)]]
+    figures = all_figures(job, args)
+    bandwidth = statistics.median(figures["nanopeft"]["bandwidth"])
+    for name, side in figures.items():
+        report[name] = {what: spread([1000 * t for t in side[what]]) for what in QUANT}
+        table_rows.append([name, *map(spread_text, report[name].values())])
+        shares = {}
+        for what in QUANT[1:]:
+            shares[what] = share_of_copy(what, rows * cols, statistics.median(side[what]), bandwidth)
+        report[name]["share_of_copy"] = shares
+        table_rows.append(["  of a copy's bandwidth", "", *(f"{share:.0%}" for share in shares.values())])
+    print(table(table_rows))
     return report
 
 
+QUANT = ("quantize", "dequantize", "dequantize, double")
+
+
+def share_of_copy(what, n, seconds, bandwidth):
+    """Of a copy's bytes a second, those that dequantizing n weights reads and writes."""
+    scales = n / 64 * (1 + 4 / 256) if what.endswith("double") else n / 64 * 4
+    return (n / 2 + scales + 2 * n) / seconds / bandwidth
+
+
 def bench_generate(job, args, folder):
-    """Seconds for prompts in a batch, and one at a time."""
-    figures = ours(job).figures()
-    together, alone = statistics.median(figures["together"]), figures["alone"][0]
+    """Tokens a second of prompts in a batch, and one at a time."""
+    all_of_them = all_figures(job, args)
+    rows = [[f"{args.base}, {job.method}, {job.dtype}, {job.batch} prompts, 32 tokens each", "tokens a second"]]
+    for name, side in all_of_them.items():
+        rows.append([name, f"{32 * job.batch / statistics.median(side['together']):,.0f}"])
+    print(table(rows))
+    own = all_of_them["nanopeft"]
+    together, alone = statistics.median(own["together"]), own["alone"][0]
     print(f"{job.batch} prompts, 32 tokens each: {together:.2f} s together, {alone:.2f} s one at a time, "
           f"{alone / together:.1f} times as fast")
-    return figures
+    return all_of_them
 
 
 def bench_grow(job, args, folder):
@@ -483,8 +687,8 @@ def bench_grow(job, args, folder):
         config = origin.read_config(changed.base)
         figures = ours(changed).figures()
         dtype = getattr(torch, changed.dtype)
-        predicted = memory.simulate(config, changed.method, 1, changed.seq, dtype, "cpu", storage_of(changed),
-                                    rank=changed.rank)
+        predicted = memory.simulate(config, changed.method, 1, changed.seq, dtype, job.device,
+                                    storage_of(changed), rank=changed.rank)
         row = {"what": what, "value": value, "seconds": statistics.median(figures["seconds"]),
                "counted": figures["counted"][0], "predicted": predicted["peak"]}
         print("{what:6}{value!s:>12}  {seconds:7.2f} s a step  {counted:13,} bytes counted  "
@@ -502,19 +706,130 @@ def variants(job, folder):
     for rank in (1, 16, 256):
         yield "rank", rank, replace(job, rank=rank)
     for name in ("gpt2", "gpt2-medium", "gpt2-large"):
-        yield "model", name, replace(job, base=base_folder(name, folder / name))
+        yield "model", name, replace(job, base=base_folder(name, folder / name, job.device == "cpu"))
 
+
+# -----------------------------------------------------------------------------
+# a GPU that is lent by the minute: all at once
+
+MODELS = {"llama-3.2-1b": 4, "qwen3-0.6b": 4, "llama-7b": 1}     # and how many rows of 512 tokens a batch has
+BATCH_OF_PROMPTS = 16
+SECONDS = 140                   # after which no job begins
+
+
+def gpu_jobs(job, args, folder):
+    """Yields (name of the model, job), round after round."""
+    folders = {name: base_folder(name, folder / name, False) for name in MODELS}
+    for _ in range(args.rounds):
+        for name, batch in MODELS.items():
+            for method in ("qlora", "lora"):
+                yield name, replace(job, what="step", base=folders[name], method=method, batch=batch)
+        yield "", replace(job, what="quant")
+        for name in MODELS:
+            for method in ("qlora", "lora"):
+                yield name, replace(job, what="generate", base=folders[name], method=method, batch=BATCH_OF_PROMPTS)
+
+
+def bench_gpu(job, args, folder):
+    """
+    Steps, storage and generation of models of today, dense and QLoRA, until SECONDS are over. What fails is
+    told and left out. A line of JSON tells each measurement at once, for the case that somebody ends it.
+    """
+    start = time.monotonic()
+    measured = defaultdict(lambda: defaultdict(list))
+    try:
+        for model, own in gpu_jobs(job, args, folder):
+            sides = [ours(own)]
+            if args.peer:
+                sides += peers(own)
+            for side in sides:
+                if time.monotonic() - start < SECONDS:
+                    add_figures(measured[own.what, model, own.method, side.name], side, model)
+                    print(f"{time.monotonic() - start:.1f} seconds", flush=True)
+    except KeyboardInterrupt:
+        print("interrupted")
+    print(gpu_table(measured, job))
+    return [[*key, figures] for key, figures in measured.items()]
+
+
+def add_figures(measured, side, model):
+    """Adds what a side measures to {name: [values]}, and tells it."""
+    told = {"model": model, "side": side.name, "what": side.job.what, "method": side.job.method}
+    try:
+        figures = side.figures()
+    except ValueError as error:
+        print(json.dumps(told | {"failed": str(error)}), flush=True)
+        return
+    print(json.dumps(told | figures), flush=True)
+    for name, values in figures.items():
+        measured[name] += values
+
+
+def gpu_table(measured, job):
+    """The table of bench_gpu's medians: our side, the peers', and ours beside the limits."""
+    rows = [["", "nanopeft", "peers", "times", "memory", "peers'", "predicted", "of the limit"]]
+    known = {}
+    for key, figures in measured.items():
+        known[key] = {name: statistics.median(values) for name, values in figures.items()}
+    for (what, model, method, side), own in known.items():
+        if side == "nanopeft" and own:
+            theirs = known.get((what, model, method, "peft + bitsandbytes"), {})
+            stored = "NF4" if method == "qlora" else "dense"
+            rows += ROWS[what](f"{model} {stored}", replace(job, base=model), own, theirs)
+    limits = next((own for own in known.values() if "bandwidth" in own), None)
+    if limits:
+        rate = limits["rate_of_products"] / 1e12
+        bandwidth = limits["bandwidth"] / 1e9
+        rows.append([f"limits: a product {rate:,.0f} Tflop/s, a copy {bandwidth:,.0f} GB/s", *[""] * 7])
+    return table(rows)
+
+
+def compared(own, theirs):
+    """Three cells: two speeds and their ratio; "-" where there is no second one."""
+    return [f"{own:,.0f}", f"{theirs:,.0f}" if theirs else "-", f"{own / theirs:.2f}" if theirs else "-"]
+
+
+def step_rows(title, job, own, theirs):
+    """The row of a training step. job.base: the preset's name."""
+    batch = MODELS[job.base]
+    speeds = [batch * job.seq / figures["seconds"] if figures else 0 for figures in (own, theirs)]
+    flops = flops_per_token(memory.preset(job.base)) * speeds[0]
+    peaks = [size(figures["peak"], 2) if figures else "-" for figures in (own, theirs)]
+    ratio = own.get("predicted", 0) / own["peak"]
+    share = flops / own["rate_of_products"]
+    yield [f"{title}, {batch} x {job.seq}, tokens/s", *compared(*speeds), *peaks, f"{ratio:.3f}", f"{share:.0%}"]
+
+
+def generate_rows(title, job, own, theirs):
+    """The row of generation."""
+    n_tokens = 32 * BATCH_OF_PROMPTS
+    speeds = [n_tokens / figures["together"] if figures else 0 for figures in (own, theirs)]
+    yield [f"generate {title}, {BATCH_OF_PROMPTS} prompts, tokens/s", *compared(*speeds), *[""] * 4]
+
+
+def quant_rows(title, job, own, theirs):
+    """The rows of quantizing and dequantizing, in weights a microsecond."""
+    rows, cols = shape_of_quant(torch.device(job.device))
+    for what in QUANT:
+        speeds = [rows * cols / figures[what] / 1e6 if figures else 0 for figures in (own, theirs)]
+        share = share_of_copy(what, rows * cols, own[what], own["bandwidth"])
+        limit = "" if what == "quantize" else f"{share:.0%}"
+        yield [f"{what}, weights a microsecond", *compared(*speeds), "", "", "", limit]
+
+
+ROWS = {"step": step_rows, "generate": generate_rows, "quant": quant_rows}
 
 # -----------------------------------------------------------------------------
 
 BENCHES = {"step": bench_step, "epoch": bench_epoch, "loss": bench_loss, "quant": bench_quant,
-           "generate": bench_generate, "grow": bench_grow}
+           "generate": bench_generate, "grow": bench_grow, "gpu": bench_gpu}
 
 
-def base_folder(name, folder):
+def base_folder(name, folder, weights):
     """
-    A checkpoint's folder as it is; or the given folder, with random weights of a preset's shape written into
-    it, so that both sides read the same. llama-124m is a Llama of GPT-2's width and depth.
+    A checkpoint's folder as it is; or the given folder, with the config.json of a preset's shape written into it
+    and, with weights, random ones, so that both sides read the same. llama-124m is a Llama of GPT-2's width and
+    depth.
     """
     if Path(name, "config.json").is_file():
         return str(Path(name).resolve())
@@ -522,26 +837,35 @@ def base_folder(name, folder):
         config = replace(memory.preset("llama-7b"), n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
     else:
         config = memory.preset(name)
-    torch.manual_seed(0)
-    checkpoint.save_base(GPT(config), folder)
+    if weights:
+        torch.manual_seed(0)
+        checkpoint.save_base(GPT(config), folder)
+    else:
+        folder.mkdir()
+        write_json(folder / "config.json", origin.new_origin(config).content)
     return str(folder)
 
 
 def main(args):
     """Measures, prints a table, and as the last line JSON."""
     if args.what == "worker":
-        content = parse_json(args.job or "", "the worker's job")
-        kinds = {field.name: field.type for field in dataclasses.fields(Job)}
-        job = Job(**{name: checked(name, content.get(name), kind) for name, kind in kinds.items()})
-        print(json.dumps(MEASURES[job.what](job)))
+        for line in sys.stdin:
+            content = parse_json(line, "the worker's job")
+            kinds = {field.name: field.type for field in dataclasses.fields(Job)}
+            job = Job(**{name: checked(name, content.get(name), kind) for name, kind in kinds.items()})
+            print(json.dumps(MEASURES[job.what](job)), flush=True)
         return
-    dtype = machine.pick_dtype(args.dtype, machine.pick_device(args.device))
+    device = machine.pick_device(args.device)
+    dtype = machine.pick_dtype(args.dtype, device)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = "" if args.what == "quant" else base_folder(args.base, folder / "base")
+        folder, base = Path(name), ""
+        if args.what not in ("quant", "gpu"):
+            base = base_folder(args.base, folder / "base", device.type == "cpu" or args.what == "loss")
         job = Job(args.what, base, args.rank, args.batch, args.seq, args.steps, machine.dtype_name(dtype),
-                  args.device, double=not args.single)
+                  str(device), not args.single, args.method)
         report = BENCHES[args.what](job, args, folder)
+    for worker in WORKERS.values():
+        worker.end()
     print(json.dumps(dataclasses.asdict(job) | {"base": args.base, "result": report}))
 
 

@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
+import bench
 from conftest import tiny
-from model import GPT
+from model import GPT, PRESETS
 from lib import checkpoint
 
 
@@ -43,3 +44,19 @@ def test_the_peers_losses_are_ours(script, peer, base):
 @pytest.mark.parametrize("flags, words", [("step --steps 0", "steps is 0"), ("step --base gpt3", "unknown model 'gpt3'")])
 def test_mistakes(refused, flags, words):
     assert words in refused("bench.py", *flags.split(), NANOPEFT_PEERS="")
+
+
+@pytest.mark.peers
+def test_a_gpus_table(peer, monkeypatch, capsys):
+    """All that is measured of a GPU, tried on a CPU."""
+    config = tiny("llama", n_embd=64, n_head=2, n_ffn=128, vocab_size=64, block_size=256)
+    monkeypatch.setitem(PRESETS, "small", config)
+    monkeypatch.setattr(bench, "MODELS", {"small": 2})
+    monkeypatch.setattr(bench, "serves_on", lambda job: True)
+    bench.main(bench.parse("gpu --peer --device cpu --dtype float32 --seq 16 --steps 1 --rounds 1".split()))
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if '"failed"' in line]
+    report = {(what, method, side): figures for what, _, method, side, figures in json.loads(lines[-1])["result"]}
+    assert len(report) == (2 + 1 + 2) * 2 and all(report.values())
+    rows = [line for line in lines[:-1] if line.startswith(("small", "generate", "quantize", "dequantize", "limits"))]
+    assert len(rows) == 2 + 2 + 3 + 1 and not any(" - " in row for row in rows), rows
