@@ -248,9 +248,10 @@ def measure_quant(job):
     W = torch.randn(shape_of_quant(device), device=device)
     q, double = quant.quantize(W, "nf4"), quant.quantize(W, "nf4", double=True)
     out = torch.empty(W.shape, dtype=torch.bfloat16, device=device)
-    return {"quantize": timed(lambda: quant.quantize(W, "nf4"), 5, device),
-            "dequantize": timed(lambda: q.dequantize(out=out), 9, device),
-            "dequantize, double": timed(lambda: double.dequantize(out=out), 9, device)} | limits(device, getattr(torch, job.dtype))
+    figures = {"quantize": timed(lambda: quant.quantize(W, "nf4"), 5, device),
+               "dequantize": timed(lambda: q.dequantize(out=out), 9, device),
+               "dequantize, double": timed(lambda: double.dequantize(out=out), 9, device)}
+    return figures | limits(device, getattr(torch, job.dtype))
 
 
 def measure_generate(job):
