@@ -457,7 +457,8 @@ class Worker:
         self.errors = tempfile.TemporaryFile("w+")
         environment = os.environ | {"HF_HUB_OFFLINE": "1"} | environment
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, stderr=self.errors, text=True, env=environment)
 
     def figures(self, job):
         """What it has measured, {name: [values]}. ValueError with its last words where it fails."""

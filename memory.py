@@ -311,8 +311,8 @@ def ordered(parts, layers):
 # -----------------------------------------------------------------------------
 # many blocks from a few: all blocks of a kind take the same memory
 
-# What is live at a moment of the first block's pass, or of the last one's, grows with the number of blocks by the
-# same bytes for each; and of the blocks between them none has a moment of its own with more than both. So two
+# What is live at a moment of the first block's pass, or of the last one's, grows with the number of blocks by
+# the same bytes for each; and of the blocks between them none has a moment of its own with more than both. So two
 # models with a few blocks tell the moments of one with many.
 
 
@@ -443,7 +443,8 @@ def with_constants(report, device, n_threads):
         report["peak"] += sum(constants.values())
 
 
-def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload, packed):
+def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload,
+                 packed):
     """A Tracker of one step of a fake model; the arguments are simulate's."""
     model.checkpointing = checkpointing
     optimizer = run.make_optimizer(model.train(), Config())

@@ -705,7 +705,8 @@ def _(packed, absmax, absmax2, offset, shape, scheme, block, dtype):
 
 @torch.library.custom_op("nanopeft::stored_product", mutates_args=())
 def stored_product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor | None,
-                   offset: torch.Tensor | None, shape: list[int], scheme: str, block: int | None) -> torch.Tensor:
+                   offset: torch.Tensor | None, shape: list[int], scheme: str,
+                   block: int | None) -> torch.Tensor:
     """x W^T, where W is stored_weight of the rest. x (.., in) -> (.., out). The backward pass needs what is stored alone."""
     return F.linear(x, stored_weight(packed, absmax, absmax2, offset, shape, scheme, block, x.dtype))
 
