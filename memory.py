@@ -312,8 +312,8 @@ def ordered(parts, layers):
 # many blocks from a few: all blocks of a kind take the same memory
 
 # What is live at a moment of the first block's pass, or of the last one's, grows with the number of blocks by
-# the same bytes for each; and of the blocks between them none has a moment of its own with more than both. So two
-# models with a few blocks tell the moments of one with many.
+# the same bytes for each; and of the blocks between them none has a moment of its own with more than both. So
+# two models with a few blocks tell the moments of one with many.
 
 
 def period(config, method, storage):
