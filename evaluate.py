@@ -131,14 +131,12 @@ class Kept:
         lines = read_json_lines(path) if path.is_file() else []
         same = lines and lines[0] == asked
         self.texts = {line["index"]: line["text"] for line in lines[1:]} if same else {}
-        self.path = path
-        write_atomic(path, [(json.dumps(asked) + "\n").encode(), lines_of(self.texts)])     # A torn line has gone.
+        self.path, self.asked = path, asked
 
     def add(self, texts):
-        """texts: {index: text}."""
+        """texts: {index: text}. The file is written anew: what is refused before the first text leaves it alone."""
         self.texts |= texts
-        with open(self.path, "ab") as file:
-            file.write(lines_of(texts))
+        write_atomic(self.path, [(json.dumps(self.asked) + "\n").encode(), lines_of(self.texts)])
 
 
 def lines_of(texts):

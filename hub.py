@@ -62,7 +62,7 @@ import peft
 from lib import run as runs
 from lib.adapterhub import from_adapterhub, write_adapterhub
 from lib.checkpoint import load_base
-from lib.files import (found_in, read_json, save_file, stored_type, write_atomic, write_json,
+from lib.files import (entries_of, found_in, read_json, save_file, stored_type, write_atomic, write_json,
                        write_safetensors)
 from lib.gguf_format import write_gguf
 from lib.model_folder import write_generation, write_model, write_tokenizer
@@ -214,8 +214,7 @@ def write_peft(path, content, origin, base):
     settings, tensors = to_peft(content, origin)
     settings["base_model_name_or_path"] = str(Path(base).resolve())
     path.mkdir(parents=True, exist_ok=True)
-    entries = {name: (t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()}
-    write_safetensors(path / "adapter_model.safetensors", entries)
+    write_safetensors(path / "adapter_model.safetensors", entries_of(tensors))
     write_json(path / "adapter_config.json", settings)
     return settings
 

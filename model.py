@@ -300,7 +300,9 @@ class Attention(nn.Module):
         for q_run, k_run, v_run in zip(*own):
             k_shared = k[:, :, :shared].expand(len(q_run), -1, -1, -1)
             v_shared = v[:, :, :shared].expand(len(q_run), -1, -1, -1)
-            y = self.attend(q_run, torch.cat((k_shared, k_run), 2), torch.cat((v_shared, v_run), 2), None)
+            k_run = torch.cat((k_shared, k_run), 2)
+            v_run = torch.cat((v_shared, v_run), 2)
+            y = self.attend(q_run, k_run, v_run, None)
             results.append(y.transpose(0, 1).flatten(1, 2))      # (n, heads, T, d) -> (heads, n * T, d)
         return torch.cat(results, 1).unsqueeze(0)
 

@@ -207,9 +207,10 @@ def predict(run, batch, length, packed=None):
 def predict_generation(run, length):
     """The peak in bytes of writing the samples, whose prompts have at most that length."""
     config, room = run.config, run.model.config.block_size - run.model.reserved
+    rows, dtype = max(config.sample_count, 1), getattr(torch, config.dtype)
     report = memory.simulate_generation(
-        run.model.config, config.method, max(config.sample_count, 1), min(length + 100, room),
-        getattr(torch, config.dtype), run.device.type, storage_of(config), **method_options(config))
+        run.model.config, config.method, rows, min(length + 100, room), dtype, run.device.type,
+        storage_of(config), **method_options(config))
     return report["peak"]
 
 
@@ -225,7 +226,8 @@ def measured(run, micro_batches):
             yield
         peak = tracker.report()["peak"]
     packed = [lengths for _, _, *rest in micro_batches for lengths in rest]
-    batch, length = len(micro_batches[0][0]), max(tokens.size(1) for tokens, *_ in micro_batches)
+    batch = len(micro_batches[0][0])
+    length = max(tokens.size(1) for tokens, *_ in micro_batches)
     predicted = predict(run, 1, 1, packed) if packed else predict(run, batch, length)
     say(f"memory     step {run.progress['step'] + 1}, {batch} x {length}: measured {size(peak)}, predicted {size(predicted)} "
         f"(ratio {peak / predicted:.2f}); resident {size(machine.resident_bytes())}")

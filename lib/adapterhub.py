@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lib.checks import check, shown, typed
-from lib.files import (located, read_json, read_tensors, some, torch_bytes, write_atomic, write_json,
-                       write_safetensors)
+from lib.files import (entries_of, located, read_json, read_tensors, some, torch_bytes, write_atomic,
+                       write_json, write_safetensors)
 
 FILES = ("adapter.safetensors", "pytorch_adapter.bin")
 HUB_STYLES = {
@@ -71,9 +71,9 @@ def write_adapterhub(folder, content, base, name):
     """Writes an adapter as a folder of that library; returns its adapter_config."""
     settings, tensors = to_adapterhub(content, base, name)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = {theirs: (t.dtype, t.shape, lambda t=t: t) for theirs, t in tensors.items()}
-    write_safetensors(folder / FILES[0], entries)
-    write_atomic(folder / FILES[1], torch_bytes({theirs: t.clone() for theirs, t in tensors.items()}))
+    write_safetensors(folder / FILES[0], entries_of(tensors))
+    copies = {theirs: t.clone() for theirs, t in tensors.items()}
+    write_atomic(folder / FILES[1], torch_bytes(copies))
     write_json(folder / "adapter_config.json", settings)
     return settings
 

@@ -115,7 +115,8 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
             ours, transposed = names[name]
             tensor = tensor.T if transposed else tensor
             check_weight(tensor, stacked_shape([shapes[n] for n in ours]), theirs)
-            for our_name, part in zip(ours, unstack(family, config, tensor, [shapes[n][0] for n in ours])):
+            rows = [shapes[n][0] for n in ours]
+            for our_name, part in zip(ours, unstack(family, config, tensor, rows)):
                 hashes[our_name] = sample_hash(part)
                 types[our_name] = tensor.dtype
                 set_parameter(model, our_name, part.contiguous().to(device), dtype, storage)

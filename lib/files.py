@@ -265,6 +265,11 @@ def write_safetensors(path, tensors):
     write_atomic(path, pieces())
 
 
+def entries_of(tensors):
+    """{name: tensor}, in memory already, as write_safetensors takes them."""
+    return {name: (t.dtype, t.shape, lambda t=t: t) for name, t in tensors.items()}
+
+
 def read_bin(path):
     """(name, tensor) pairs of a pytorch_model.bin, nothing in it run."""
     damaged = f"{path}: truncated, damaged or not a checkpoint"

@@ -394,11 +394,12 @@ def resolved(config):
     """The same architecture, with the values that follow from others written out."""
     parts = [part for part in PARTS_WITH_BIAS if config.has_bias(part)]
     missing = {"gate": not config.gated, "norm": config.norm != "layer"}
+    bias = " ".join(part for part in parts if not missing.get(part))
     windows = config.windows if config.local_rope else windows_in_force(config.windows, config.block_size)
+    scale = config.attention_scale or config.d_head**-0.5
     return replace(
         config, windows=windows, n_kv_head=config.kv_heads, n_ffn=config.d_ffn, head_dim=config.d_head,
-        attention_scale=config.attention_scale or config.d_head**-0.5,
-        bias=" ".join(part for part in parts if not missing.get(part)))
+        attention_scale=scale, bias=bias)
 
 
 def config_json(family, config):
@@ -408,7 +409,8 @@ def config_json(family, config):
     content |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     for key, name in family.keys.items():
         content[key] = value_json(key, name, getattr(resolved(config), name))
-    content |= {key: all(map(config.has_bias, parts.split())) for key, parts in family.biases.items()}
+    for key, parts in family.biases.items():
+        content[key] = all(map(config.has_bias, parts.split()))
     for key, changes in family.switches.items():
         content[key] = all(getattr(config, name) == value for name, value in changes.items())
     if config.position == "rope":

@@ -209,8 +209,9 @@ def vera_to_peft(options, tensors, base):
             check_single(module, layers)
             targets.append(module)
             for i in range(base.config.n_layer):
+                start = module_name(base, i, module)
                 for theirs, ours in VERA_SUFFIXES.items():
-                    out[f"{module_name(base, i, module)}.{theirs}"] = tensors[f"blocks.{i}.{name}.{ours}"]
+                    out[f"{start}.{theirs}"] = tensors[f"blocks.{i}.{name}.{ours}"]
     shared = peft.shared_projections(options["rank"], shapes_of_targets(base, targets))
     settings = {"peft_type": "VERA", "r": options["rank"], "target_modules": sorted(targets), "bias": "none",
                 "projection_prng_key": 0, "save_projection": True, "vera_dropout": options.get("dropout", 0.0),
@@ -226,19 +227,24 @@ def shapes_of_targets(base, modules):
 
 def lora_to_peft(methods, options, tensors, base):
     """(adapter_config, tensors) of LoRA or DoRA, of BitFit, of both, or of neither."""
+    config = base.config
     if methods <= {"bitfit"}:      # PEFT trains the base beside a LoRA, which is here one of zeros on the queries
         options = {"rank": 1, "alpha": 1.0, "rslora": False}
-        A, B = torch.zeros(1, base.config.n_embd), torch.zeros(base.config.n_head * base.config.d_head, 1)
-        for i in range(base.config.n_layer):
+        A = torch.zeros(1, config.n_embd)
+        B = torch.zeros(config.n_head * config.d_head, 1)
+        for i in range(config.n_layer):
             tensors = tensors | {f"blocks.{i}.attn.q.A": A, f"blocks.{i}.attn.q.B": B}
     stacked = {}                                 # module's name -> {name in PEFT's layout: tensor}
     for module, layers in linear_layers(base).items():
-        for i in range(base.config.n_layer):
+        for i in range(config.n_layer):
             found = stack_lora(base, tensors, f"blocks.{i}", layers)
             if found:
                 stacked[module_name(base, i, module)] = found
     r = max(len(found["lora_A.weight"]) for found in stacked.values())
-    out = {f"{module}.{name}": t for module, found in stacked.items() for name, t in filled(found, r).items()}
+    out = {}
+    for module, found in stacked.items():
+        fill(found, r)
+        out |= {f"{module}.{name}": t for name, t in found.items()}
     if "bitfit" in methods:
         out |= biases_to_peft(tensors, base, stacked)
     targets = [module for module in linear_layers(base) if module_name(base, 0, module) in stacked]
@@ -250,11 +256,11 @@ def lora_to_peft(methods, options, tensors, base):
     return settings, out
 
 
-def filled(lora, r):
-    """A module's LoRA with rank r, to which zeros fill it up."""
+def fill(lora, r):
+    """Fills a module's LoRA up to rank r with zeros."""
     missing = r - len(lora["lora_A.weight"])
-    padding = {"lora_A.weight": (0, 0, 0, missing), "lora_B.weight": (0, missing)}
-    return {name: F.pad(t, padding[name]) if name in padding else t for name, t in lora.items()}
+    for name, padding in ("lora_A.weight", (0, 0, 0, missing)), ("lora_B.weight", (0, missing)):
+        lora[name] = F.pad(lora[name], padding)
 
 
 def biases_to_peft(tensors, base, wrapped):
@@ -277,7 +283,8 @@ def stack_lora(base, tensors, block, layers):
     if len(wrapped) == len(layers) and all(torch.equal(A[0], other) for other in A):
         A, B_of_layers = A[0], B                                 # It came from PEFT, where one A is for all.
     else:
-        A, B_of_layers = torch.cat(A), torch.block_diag(*B).split(list(layers.values()))
+        A = torch.cat(A)
+        B_of_layers = torch.block_diag(*B).split(list(layers.values()))
     stacked = {"lora_A.weight": A, "lora_B.weight": stack(base.family, base.config, B_of_layers)}
     magnitudes = [tensors[f"{name}.m"] for name in wrapped if f"{name}.m" in tensors]
     if magnitudes:

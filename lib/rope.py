@@ -78,4 +78,6 @@ def rotate(x, rope):
     cos, sin = rope
     half = cos.size(-1)
     a, b, rest = x.split((half, half, x.size(-1) - 2 * half), -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    turned_a = a * cos - b * sin
+    turned_b = b * cos + a * sin
+    return torch.cat((turned_a, turned_b, rest), -1)

@@ -6,6 +6,7 @@ sample.py, evaluate.py and hub.py load runs.
 
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -296,9 +297,10 @@ def set_up(config, folder, device):
     taken = peft.virtual_positions(config.method, method_options(config))
     check(taken < context, f"{config.method} takes {taken} of the {context} positions of the context and leaves none to the tokens")   # fault 29
     length = min(config.block_size or context, context - taken)
-    encoded = {split: data.encode(getattr(corpus, split), tokenizer, length, config.template, config.too_long,
-                                  vocab_size=model.config.vocab_size, train_on=config.train_on, chat=chat)
-               for split in ("train", "val")}
+    encode = functools.partial(data.encode, tokenizer=tokenizer, block_size=length, template=config.template,
+                               too_long=config.too_long, vocab_size=model.config.vocab_size,
+                               train_on=config.train_on, chat=chat)
+    encoded = {"train": encode(corpus.train), "val": encode(corpus.val)}
     config = iterations(config, len(encoded["train"]))
     fingerprints = {
         "base": peft.fingerprint(model), "data": corpus.fingerprint, "tokenizer": tokenizer.fingerprint}
@@ -582,10 +584,11 @@ def save_state(run):
             link.unlink(missing_ok=True)                                                        # fault 8
             os.link(state, link)
             os.replace(link, run.folder / "state.before.pt")
-        save_file(state, {
+        content = {
             "config": dataclasses.asdict(run.config), "tensors": peft.adapter_state_dict(run.model),
             "optimizer": run.optimizer.state_dict(), "rng": generators, "data": run.batches.state_dict(),
-            "progress": dict(run.progress), "fingerprints": run.fingerprints})
+            "progress": dict(run.progress), "fingerprints": run.fingerprints}
+        save_file(state, content)
     run.state_is_whole = True
     machine.gathered(None)                                       # Writing may outlast a step's patience.
 

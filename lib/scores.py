@@ -86,8 +86,8 @@ def number_of_ngrams(pairs, n):
 
 def closest_length(words, references):
     """Length of the reference that is nearest in length, the shorter one where two are equally near."""
-    _, length = min((abs(len(reference) - len(words)), len(reference)) for reference in references)
-    return length
+    lengths = map(len, references)
+    return min(lengths, key=lambda length: (abs(length - len(words)), length))
 
 
 def bleu(predictions, references, max_n=4):
@@ -127,7 +127,8 @@ def nist(predictions, references, max_n=5):
     for n in range(1, max_n + 1):
         total = number_of_ngrams(pairs, n)
         if total:
-            terms.append(sum(count * information(gram) for gram, count in matches(pairs, n).items()) / total)
+            matched = matches(pairs, n).items()
+            terms.append(sum(count * information(gram) for gram, count in matched) / total)
     ratio = min(number_of_ngrams(pairs, 1) / mean_length, 1)
     beta = math.log(0.5) / math.log(1.5) ** 2                    # a ratio of 2 / 3 halves the score
     penalty = math.exp(beta * math.log(ratio) ** 2) if ratio > 0 else 0.0

@@ -88,7 +88,6 @@ def work(jobs):
 
 
 def make_base(folder, family, tokenizer, seed=0):
-    import hub
     from model import GPT
     torch.manual_seed(seed)
     folder.mkdir(parents=True)

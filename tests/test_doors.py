@@ -303,7 +303,7 @@ def dora(config, names, rank=3, alpha=6.0):
 
 def write_peft(folder, settings, tensors):
     folder.mkdir()
-    files.write_safetensors(folder / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(folder / "adapter_model.safetensors", files.entries_of(tensors))
     (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
@@ -449,7 +449,7 @@ def edit_tensors(folder, change):
     """Rewrites a folder in PEFT's layout after change({name: tensor})."""
     tensors = dict(files.read_tensors(folder / "adapter_model.safetensors"))
     change(tensors)
-    files.write_safetensors(folder / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(folder / "adapter_model.safetensors", files.entries_of(tensors))
 
 
 def test_tables_that_peft_trained_apart(bases, tmp_path):

@@ -199,7 +199,7 @@ def test_12_not_finite(refuse, here):
 def test_13_adapter_on_the_wrong_base(refuse, here):
     tensors = dict(files.read_tensors(here / "base"))
     tensors["transformer.h.1.mlp.c_fc.bias"] += 1
-    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", files.entries_of(tensors))
     assert "made for the base" in refuse(*SAMPLE)
     assert "the base has changed since that run" in refuse(*RESUME)
 
@@ -310,7 +310,7 @@ def test_29_prompt_as_long_as_the_context(refuse):
 def test_30_not_finite_weight(refuse, here):
     tensors = dict(files.read_tensors(here / "base"))
     tensors["transformer.h.1.mlp.c_fc.weight"][3, 3] = math.inf
-    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", files.entries_of(tensors))
     assert "transformer.h.1.mlp.c_fc.weight holds NaN or infinity" in refuse(*TRAIN)
 
 
@@ -349,7 +349,7 @@ def test_35_losses_that_are_not_finite(here, refused):
     tensors = dict(files.read_tensors(here / "base"))
     for name, t in tensors.items():
         t.mul_(1e30 if "wte" in name else 1)
-    files.write_safetensors(here / "base" / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(here / "base" / "model.safetensors", files.entries_of(tensors))
     line = refused(*TRAIN, "--max_iters", 30, cwd=here)
     assert "ten steps in a row had no finite loss or gradient; the last batch is in new/bad_batch.pt" in line
     assert files.read_file(here / "new" / "bad_batch.pt")["step"] == 10

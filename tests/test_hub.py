@@ -13,7 +13,8 @@ import peft
 import quant
 from conftest import FAMILIES, ROOT, tiny
 from lib import checkpoint, files, origin
-from model import GPT, Cache
+from lib.generation import Cache
+from model import GPT
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -145,7 +146,7 @@ def test_the_real_model(real_data):
 
 def test_safetensors_by_hand(tmp_path):
     tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).bfloat16(), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3), "i": torch.arange(4)}
-    files.write_safetensors(tmp_path / "x.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(tmp_path / "x.safetensors", files.entries_of(tensors))
     again = dict(files.read_safetensors(tmp_path / "x.safetensors"))
     assert again.keys() == tensors.keys() and all(torch.equal(tensors[n], again[n]) and tensors[n].dtype == again[n].dtype for n in tensors)
     library = pytest.importorskip("safetensors.torch")
@@ -188,7 +189,7 @@ def test_configurations_refused(folder, keys, words):
 def rewrite(folder, edit):
     tensors = dict(files.read_tensors(folder))
     edit(tensors)
-    files.write_safetensors(folder / "model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(folder / "model.safetensors", files.entries_of(tensors))
 
 
 def test_tensors_refused(folder):

@@ -1,6 +1,5 @@
 """What a run can bring along: the tensors of an adapter that it starts from, and tokens that its base does not have."""
 
-import dataclasses
 import json
 import re
 
@@ -14,7 +13,7 @@ import train
 from conftest import tiny
 from lib import checkpoint, config as configuration, run, tokens
 from lib.peft_format import WHOLE
-from lib.config import Config, command_line, write_toml
+from lib.config import Config, command_line
 from model import GPT
 
 FAST = dict(max_iters=2, eval_interval=2, eval_sequences=2, sample_count=1, batch_size=2, dtype="float32", device="cpu")

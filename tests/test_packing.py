@@ -77,7 +77,7 @@ def test_the_same_sequences_whether_packed_or_padded():
     encoded = data.Encoded.of([(list(range(1, n + 2)), [1] * (n + 1)) for n in (3, 9, 9, 1, 12, 5, 30)], 32)
     packed, padded = data.Batches(encoded, 2, seed=3, packing=True), data.Batches(encoded, 2, seed=3)
     for _ in range(9):
-        (tokens, targets, lengths), rows = next(packed), next(padded)
+        (tokens, _, lengths), rows = next(packed), next(padded)
         whole = sum(lengths) - lengths[-1] if len(lengths) == 3 else sum(lengths)
         assert tokens[0, :whole].tolist() == [t for row, target in zip(*rows) for t, y in zip(row.tolist(), target.tolist()) if y >= 0]
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import hub
-from lib import checkpoint, files
-from lib.config import Config
+from lib import checkpoint
 from test_doors import TOKENS, bases, logits  # noqa: F401
 
 EQUAL = None

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import peft
 import quant
 from conftest import tiny
-from model import GPT, Block
+from model import GPT
 
 d, T = 32, 9
 

@@ -203,7 +203,8 @@ def test_a_real_base_learns_real_data(script, real_data, tmp_path):
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["val_loss"] < 0.5 * metrics["loss_before"] and metrics["steps"] == 40 and metrics["trainable"] > 0
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "adapter.pt", "config.toml", "log.jsonl", "metrics.json", "samples.txt", "state.pt", "tokenizer.model"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {".lock", "adapter.pt", "config.toml", "log.jsonl", "metrics.json", "samples.txt", "state.pt",
+                                                            "state.before.pt", "tokenizer.model"}
     assert all(words in done.stdout for words in ("linear layers in nf4", "wrapped 35 of 35 linear layers", "predicted at the peak", "before:", "after:", "python sample.py run"))
     assert "Aromi" in script("sample.py", "run", "--prompt", "name[Aromi], eatType[pub]", "--max_new_tokens", 5, cwd=tmp_path).stdout
 
@@ -216,4 +217,6 @@ def test_dry_run_writes_nothing(script, real_data, tmp_path):
 def test_a_folder_that_holds_a_run_is_never_written_over(refused, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("")
-    assert "run: holds a run already; --resume run goes on with it up to its" in refused("train.py", "--out_dir", "run", cwd=tmp_path)
+    words = "run: holds a run already; there is nothing in it to go on with, another --out_dir starts anew"
+    assert words in refused("train.py", "--out_dir", "run", cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.toml"]

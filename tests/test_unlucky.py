@@ -320,7 +320,7 @@ def reshape_peft(folder, half, shape):
     tensors = dict(files.read_tensors(folder / "peft" / "adapter_model.safetensors"))
     name = next(n for n in tensors if n.endswith(f"lora_{half}.weight"))
     tensors[name] = torch.zeros(shape)
-    files.write_safetensors(folder / "peft" / "adapter_model.safetensors", {n: (t.dtype, tuple(t.shape), lambda t=t: t) for n, t in tensors.items()})
+    files.write_safetensors(folder / "peft" / "adapter_model.safetensors", files.entries_of(tensors))
 
 
 def bomb(folder):
