@@ -35,9 +35,11 @@ profile() {
 }
 
 tests() {
-  limited 110 test_gpu "$python" -m pytest -q -rfE --durations=10 -p no:cacheprovider tests/test_gpu.py
   workers=
-  if "$python" -c "import xdist" 2>"$out/xdist.log"; then workers="-n 6"; fi
+  # pytest-benchmark warns where it meets xdist, and warnings are errors.
+  if "$python" -c "import xdist" 2>"$out/xdist.log"; then workers="-n 6 -p no:benchmark"; fi
+  # shellcheck disable=SC2086
+  limited 110 test_gpu "$python" -m pytest -q -rfE $workers --durations=10 -p no:cacheprovider tests/test_gpu.py
   # shellcheck disable=SC2086
   limited 180 suite "$python" -m pytest -q -rfE --durations=10 -p no:cacheprovider $workers --ignore tests/test_gpu.py tests
 }
