@@ -226,6 +226,7 @@ def results(files):
     fig, axes = figure(1, 2, 11, 4.6)
     panels = {"BLEU": ("BLEU", 100), "val_loss": ("validation loss (nats a token)", 1)}
     for ax, (key, (title, factor)) in zip(axes, panels.items()):
+        points = []
         for group, color in zip(kept_results.by_settings(rows), COLORS * len(rows)):
             values = [row[key] * factor for row in group if row[key] is not None]
             if not values:
@@ -233,10 +234,25 @@ def results(files):
             trained, mean = group[0]["trainable"], fmean(values)
             deviation = stdev(values) if len(values) > 1 else 0
             ax.errorbar(trained, mean, deviation, fmt="o", ms=6, capsize=3, color=color)
-            ax.annotate(kept_results.name_of(group[0]), (trained, mean), (5, 4), textcoords="offset points", fontsize=8)
+            points.append((mean, trained, kept_results.name_of(group[0]), color))
         ax.set(xscale="log", xlabel="trained parameters", ylabel=title)
-        ax.margins(x=0.12, y=0.1)
+        ax.margins(x=0.15, y=0.1)
+        name_points(ax, points)
     return fig
+
+
+def name_points(ax, points):
+    """Writes the name of each (y, x, name, color) beside its point, higher where another name stands there already."""
+    ax.figure.canvas.draw()                                      # Now it is known where a point comes to lie.
+    height, letter = 9.5, 5                                      # of a name, in points
+    written = []
+    for y, x, name, color in sorted(points):
+        left, up = ax.transData.transform((x, y)) * 72 / ax.figure.dpi
+        right, place = left + letter * len(name), up
+        while any(left < r and l < right and abs(place - p) < height for l, r, p in written):
+            place += 1
+        written.append((left, right, place))
+        ax.annotate(name, (x, y), (7, place - up), textcoords="offset points", va="center", fontsize=8, color=color)
 
 
 def main(args):
