@@ -76,6 +76,6 @@ def test_results(tmp_path):
     rows += [{"run": "full-1", "settings": "b", "trainable": 10**6, "BLEU": 0.7, "val_loss": 0.9}]
     results.add(tmp_path / "r.jsonl", rows)
     bleu, val = plot.results([tmp_path / "r.jsonl"]).axes
-    assert [text.get_text() for text in bleu.texts] == ["full", "lora"] and bleu.get_xscale() == "log"
+    assert {text.get_text() for text in bleu.texts} == {"full", "lora"} and bleu.get_xscale() == "log"
     heights = [float(container.lines[0].get_ydata()[0]) for container in bleu.containers]
     assert heights == pytest.approx([70, 65]) and len(val.containers) == 2
