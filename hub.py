@@ -92,7 +92,7 @@ def read_start(path, base):
         from_nothing = read_run_config(folder).base == "new"
         check(not from_nothing, f"{path}: trained a model from nothing, which is a base now: --base {path}")
         config = runs.find_base(read_run_config(folder), folder, base)
-        content = runs.adapter_of(folder)                        # It is compared with the base when it is loaded.
+        content = runs.adapter_of(folder)      # It is compared with the base when it is loaded.
     else:
         is_model = (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
         check(not is_model, f"{path}: a whole model and no adapter; a new run starts from it by --base {path}")

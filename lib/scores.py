@@ -217,7 +217,10 @@ def meteor(predictions, references):
     pairs = tokenized(predictions, references, tokenize)
     hypotheses = {i: [text] for i, (text, _) in enumerate(pairs)}
     groups = {i: texts for i, (_, texts) in enumerate(pairs)}
-    score, _ = Meteor().compute_score(groups, hypotheses)
+    scorer = Meteor()
+    score, _ = scorer.compute_score(groups, hypotheses)
+    scorer.meteor_p.stdout.close()                               # It ends its process, but leaves these pipes open.
+    scorer.meteor_p.stderr.close()
     return score
 
 

@@ -1,5 +1,5 @@
 """
-The faults of README's table: one test each, the real fault in the real command where there is one. R: refused in one line, exit 2, nothing
+The faults of the table in tests/README.md: one test each, the real fault in the real command where there is one. R: refused in one line, exit 2, nothing
 that was there is changed.
 
     python -m pytest -q tests/test_faults.py
