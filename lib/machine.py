@@ -83,6 +83,8 @@ def compile_model(model, device):
         # A block has some dozen variants: first or later one, training or not, one row or several, by window.
         torch._dynamo.config.cache_size_limit = 64
         for block in model.blocks:
+            # The lengths of sequences side by side are other ones in every batch.
+            block.attn.attend_apart = torch.compiler.disable(block.attn.attend_apart)
             block.forward = compiled_without_cache(block.forward)
     return bool(compiler)
 
