@@ -3,7 +3,8 @@ AdamW in less memory: its moments in 8 bits (Dettmers et al. 2022), or what is t
 bfloat16. All is computed in float32, a part of a tensor at a time.
 
 A number of bfloat16 has 8 bits, so an update of less than 1/512 of it would be lost in rounding to the nearest. Here it is
-X
+rounded up or down at random, so that in the mean nothing is lost. Full fine-tuning of stories260k on E2E, 600 steps, ends
+with a loss of 0.655 so, of 0.684 with rounding to the nearest, of 0.654 in float32.
 """
 
 import torch
