@@ -47,7 +47,7 @@ def parse(args):
     parser.add_argument("--length_penalty", type=float, default=1.0)
     parser.add_argument("--no_repeat_ngram", type=int, default=0)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--base", default="", help="where the runs' base lies now, if it has moved")
     parser.add_argument("--adapter", default="best", metavar="last|best|STEP", help="which of a run's (default: best)")
     parser.add_argument("--training", action="store_true",

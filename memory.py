@@ -52,7 +52,7 @@ def parse(args):
     for name in ("optimizer", "param_dtype"):
         parser.add_argument(f"--{name}", default=getattr(Config, name), choices=CHOICES[name])
     parser.add_argument("--quant", default="", help="the code that the base is stored in")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32", "float16"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="none is needed here")
     parser.add_argument("--fit", metavar="SIZE", help="the largest batch in that much memory: 16GB")
     parser.add_argument("--grow", default="batch", choices=("batch", "seq"), help="what --fit enlarges")
@@ -94,6 +94,7 @@ import peft
 import quant
 from lib import kernels, origin, run
 from lib.generation import Cache, ready_layers
+from lib.machine import dtype_name
 from model import GPT, PRESETS
 
 # -----------------------------------------------------------------------------
@@ -454,6 +455,8 @@ def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, 
     optimizer = run.make_optimizer(model.train(), knobs)
     make_states(model, optimizer)
     saving = functools.partial(simulated_offload, model) if offload else nullcontext
+    scaler = run.make_scaler(dtype_name(model.dtype), "cpu")
+    scaler.scale(torch.zeros(()))                                # It makes its two numbers when it is first used.
     # The step makes the codes' tables anew, so that they count in it.
     with quant.simulated(), Tracker(model, optimizer, device) as tracker:
         micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)           # tokens and targets
@@ -461,7 +464,7 @@ def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, 
         if packed:
             rows = [torch.zeros(2, 1, sum(lengths), dtype=torch.int64) for lengths in packed]
             micro_batches = [(*row, lengths) for row, lengths in zip(rows, packed)]
-        run.step(model, optimizer, micro_batches, grad_clip, smoothing, saving)
+        run.step(model, optimizer, micro_batches, grad_clip, smoothing, saving, scaler)
     return tracker
 
 

@@ -35,7 +35,7 @@ def parse(args):
     parser.add_argument("--top_p", type=float)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     return parser.parse_args(args)
 
 

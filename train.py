@@ -42,7 +42,7 @@ from lib.files import located, save_file, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
-    Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer,
+    Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer, make_scaler,
     numbers_are_finite, offload, only_writer, remember, resolved, restore, run_folder, samples, save_state,
     set_up, split_loss, step, storage_by_type, storage_of, telling_what_needs_less, told_of_interruption,
     told_of_resuming, wait_for_writers, write_beginning)
@@ -116,6 +116,7 @@ def train(config):
             return None
         rows = config.batch_size // machine.WORLD_SIZE
         run.optimizer = make_optimizer(model, config)
+        run.scaler = make_scaler(config.dtype, device.type)
         run.batches = data.Batches(run.encoded["train"], rows, config.seed, machine.RANK, machine.WORLD_SIZE,
                                    config.packing)
         if config.resume:
@@ -266,7 +267,7 @@ def loop(run):
         micro_batches = [next_batch(run) for _ in range(config.gradient_accumulation_steps)]
         with measured(run, micro_batches) if can_measure and (i == first or last) else nullcontext():
             loss, norm = map(float, step(model, run.optimizer, micro_batches, config.grad_clip,
-                                         config.label_smoothing, saving))
+                                         config.label_smoothing, saving, run.scaler))
         seconds = time.perf_counter() - start
         tokens = sum(tokens.numel() for tokens, *_ in micro_batches) * machine.WORLD_SIZE
         progress["step"] = done

@@ -80,7 +80,7 @@ class Knobs:
     sample_count: int = 3             # representations to write about before and after
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:1
-    dtype: str = "auto"               # of the computation: auto, float32, bfloat16
+    dtype: str = "auto"               # of the computation: auto, float32, bfloat16, float16 (with a scaled loss)
     param_dtype: str = "float32"      # or bfloat16: what is trained, its gradients and moments, rounded at random
     compile: bool = False             # torch.compile the blocks: a minute, then faster steps
     checkpointing: bool = False       # recompute each block in the backward pass
@@ -117,7 +117,7 @@ CHOICES = {
     "too_long": ("refuse", "cut", "drop"),
     "train_on": ("completion", "prompt+completion"),
     "template": ("auto", "pipe", "raw", "none", "base", "chatml"),
-    "dtype": ("auto", "float32", "bfloat16"),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
     "param_dtype": ("float32", "bfloat16"),
     "optimizer": ("adamw", "adamw8bit"),
 }

@@ -40,15 +40,16 @@ from model import GPT, GPTConfig
 # the step
 
 
-def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving=nullcontext):
+def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving=nullcontext, scaler=None):
     """
     One optimizer step. micro_batches: list of (tokens, targets), each (B, T) int64, or of (tokens, targets,
     lengths) of packed ones. Returns (loss, grad_norm), tensors.
 
     The loss is the mean over the supervised tokens of all micro-batches and processes, however they are
     divided. Where loss or gradient is not finite, nothing is changed. saving: makes the context in which
-    the forward pass saves for the backward pass.
+    the forward pass saves for the backward pass. scaler: of make_scaler; None for no scaling.
     """
+    scaler = scaler or make_scaler("float32", "cpu")
     counts = [(targets >= 0).sum() for _, targets, *_ in micro_batches]
     total = machine.sum_over_processes(torch.stack(counts).sum()).clamp(min=1)
     loss = torch.zeros((), device=total.device)
@@ -56,13 +57,15 @@ def step(model, optimizer, micro_batches, grad_clip, label_smoothing=0.0, saving
         with saving():
             _, part = model(tokens, targets, label_smoothing, *lengths)
             part = part * (count / total)                                                       # fault 28
-        part.backward()
+        scaler.scale(part).backward()
         loss += part.detach()
     trained = [p for p in model.parameters() if p.grad is not None]
     loss = machine.sum_over_processes(loss, *(p.grad for p in trained))
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(trained, grad_clip or math.inf)
     if numbers_are_finite(loss, norm):
         optimizer.step()
+    scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
 
@@ -101,6 +104,14 @@ def make_optimizer(model, config):
     if (config.optimizer, config.param_dtype) == ("adamw", "float32"):
         return torch.optim.AdamW(groups, fused=True, **settings)
     return AdamW(groups, eight_bit=config.optimizer == "adamw8bit", **settings)
+
+
+def make_scaler(dtype, device_type):
+    """
+    What scales the loss of a step in float16, whose gradients would else be rounded to zero: by a factor that is halved when
+    they overflow, a step that is skipped, and doubled after 2,000 steps that do not. In another type it does nothing.
+    """
+    return torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 
 
 def learning_rate(config, i):
@@ -283,6 +294,7 @@ class Run:
     base_bytes: int
     chat: template.Chat | None = None
     optimizer: torch.optim.Optimizer | None = None
+    scaler: torch.amp.GradScaler | None = None
     batches: data.Batches | None = None
     progress: dict = field(default_factory=lambda: {
         "step": 0, "best": math.inf, "skipped": 0, "skipped_in_a_row": 0, "seconds": 0.0, "tokens": 0, "waited": 0,
@@ -592,7 +604,7 @@ def save_state(run):
         content = {
             "config": dataclasses.asdict(run.config), "tensors": peft.adapter_state_dict(run.model),
             "optimizer": run.optimizer.state_dict(), "rng": generators, "data": run.batches.state_dict(),
-            "progress": dict(run.progress), "fingerprints": run.fingerprints}
+            "progress": dict(run.progress), "fingerprints": run.fingerprints, "scaler": run.scaler.state_dict()}
         save_file(state, content)
     run.state_is_whole = True
     machine.gathered(None)                                       # Writing may outlast a step's patience.
@@ -659,6 +671,7 @@ def restore(run):
     check_state(run, state)
     peft.load_state(run.model, state["tensors"])
     run.optimizer.load_state_dict(state["optimizer"])
+    run.scaler.load_state_dict(state.get("scaler"))
     run.batches.load_state_dict(state["data"])
     run.progress.update(state["progress"])
     rng, rank = state["rng"], machine.RANK
@@ -703,6 +716,16 @@ def check_state(run, state):
         may_differ = name in (*MAY_CHANGE, "resume", "dry_run", "out_dir")          # A folder may have moved.
         check(may_differ or before == value, f"{where}: {name} was {before!r} when the state was saved; config.toml says {value!r}")  # fault 14
     check(fits(run.optimizer, state["optimizer"]), f"{where}: its optimizer state does not fit the trained tensors")  # fault 15
+    check(scales_alike(run.scaler.state_dict(), state.get("scaler", {})), f"{where}: lacks the scale of the loss; it cannot be resumed")
+
+
+def scales_alike(own, kept):
+    """Whether what a state holds of a scaler is of one like our own, whose state_dict is given."""
+    if not own or not isinstance(kept, dict):
+        return own == kept
+    scale, steps = kept.get("scale"), kept.get("_growth_tracker")
+    known = type(scale) is float and 0 < scale < math.inf and type(steps) is int and steps >= 0
+    return known and kept | {"scale": own["scale"], "_growth_tracker": own["_growth_tracker"]} == own
 
 
 def is_like(t, own):

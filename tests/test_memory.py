@@ -16,7 +16,7 @@ import quant
 from conftest import FAMILIES, ROOT, tiny
 from memory import Tracker, estimate, max_batch, parse_size, simulate
 from model import GPT, PRESETS
-from lib import checkpoint, run
+from lib import checkpoint, machine, run
 from lib.config import Config
 
 
@@ -51,10 +51,11 @@ def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulat
 
     def batches():
         return [tuple(torch.randint(config.vocab_size, (2, batch, seq), generator=g)) for _ in range(accumulation)]
-    run.step(model, optimizer, batches(), 1.0)
+    scaler = run.make_scaler(machine.dtype_name(dtype), "cpu")
+    run.step(model, optimizer, batches(), 1.0, scaler=scaler)
     forget_tables()
     with Tracker(model, optimizer) as tracker:
-        run.step(model, optimizer, batches(), 1.0)
+        run.step(model, optimizer, batches(), 1.0, scaler=scaler)
     return tracker.report()
 
 
@@ -96,6 +97,13 @@ OPTIMIZERS = [dict(optimizer="adamw8bit"), dict(param_dtype="bfloat16"), dict(op
 @pytest.mark.parametrize("family, method", [("gpt2", "full"), ("llama", "qlora+embed"), ("llama", "lora+prefix+adapter"), ("gpt2", "dora")])
 def test_optimizers_in_less_memory(family, method, knobs):
     ours, real = compare(family, method, 3, 40, knobs=knobs, n_embd=96, accumulation=2)
+    assert_equal(ours, real)
+
+
+@pytest.mark.parametrize("family, method", [("gpt2", "full"), ("llama", "qlora+embed")])
+def test_float16(family, method):
+    """With the scaled loss."""
+    ours, real = compare(family, method, 3, 40, torch.float16, accumulation=2)
     assert_equal(ours, real)
 
 

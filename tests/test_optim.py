@@ -1,4 +1,7 @@
-"""AdamW with moments of 8 bits, and in bfloat16: against the formula in float64, against torch's, on real data, and on resuming."""
+"""
+AdamW with moments of 8 bits, and in bfloat16: against the formula in float64, against torch's, on real data, and on resuming. And
+float16 with its scaled loss.
+"""
 
 import json
 
@@ -7,10 +10,11 @@ import pytest
 import torch
 
 import data
+import peft
 import quant
 import train
 from conftest import tiny
-from lib import checkpoint, files, optim
+from lib import checkpoint, files, optim, run
 from lib.config import Config, command_line
 from model import GPT
 
@@ -144,6 +148,68 @@ def test_a_run(world, tmp_path, monkeypatch, eight_bit, dtype, method):
     adapter = files.read_file(whole / "adapter.pt")["tensors"]
     assert {t.dtype for t in adapter.values()} == {torch.float32}
     assert all(torch.equal(t, t.to(dtype).float()) for t in adapter.values())
+
+
+# -----------------------------------------------------------------------------
+# float16
+
+
+def half_model(family="gpt2", dtype=torch.float16):
+    torch.manual_seed(0)
+    model = GPT(tiny(family), dtype)
+    peft.apply(model, "lora+prefix")
+    return model.train()
+
+
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    return [tuple(torch.randint(61, (2, 3, 20), generator=g))]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_float16_learns_what_float32_learns(family):
+    results = []
+    for dtype in (torch.float32, torch.float16):
+        model = half_model(family, dtype)
+        optimizer, scaler = run.make_optimizer(model, Config()), run.make_scaler(str(dtype).removeprefix("torch."), "cpu")
+        results.append([[float(x) for x in run.step(model, optimizer, batch(i), 1.0, scaler=scaler)] for i in range(5)])
+    for (loss, norm), (half_loss, half_norm) in zip(*results):
+        assert half_loss == pytest.approx(loss, rel=1e-3) and half_norm == pytest.approx(norm, rel=0.02)
+
+
+def test_small_gradients_survive_and_large_ones_skip_a_step():
+    """Unscaled the gradients of a loss over many tokens vanish; a scale that is too large is halved and nothing is changed."""
+    model = half_model()
+    optimizer, scaler = run.make_optimizer(model, Config()), torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    before = {name: t.clone() for name, t in peft.adapter_state_dict(model).items()}
+    _, norm = run.step(model, optimizer, batch(0), 1.0, scaler=scaler)
+    assert not norm.isfinite() and scaler.get_scale() == 2.0**119
+    assert all(torch.equal(t, before[name]) for name, t in peft.adapter_state_dict(model).items())
+    tiny_loss = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for w, scale in zip(tiny_loss, (1.0, 2.0**16)):
+        (w.half().sum() * 1e-8 * scale).backward()
+    assert not tiny_loss[0].grad.any() and tiny_loss[1].grad.all()
+
+
+def test_a_run_in_float16(world, tmp_path, monkeypatch):
+    """Resumed it is to the bit what it is in one go, the scale included; a state without it is refused."""
+    monkeypatch.chdir(world)
+    own = RUN | dict(method="qlora", dtype="float16")
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train.train(Config(out_dir=str(whole), max_iters=4, **own))
+    train.train(Config(out_dir=str(halves), max_iters=2, **own))
+    train.train(command_line(["--resume", str(halves), "--max_iters", "4"]))
+    one, other = (files.read_file(folder / "state.pt") for folder in (whole, halves))
+    assert one["scaler"] == other["scaler"] and one["scaler"]["_growth_tracker"] == 4
+    torch.testing.assert_close(one["tensors"], other["tensors"], rtol=0, atol=0)
+    for scaler in ({}, one["scaler"] | {"scale": float("nan")}, one["scaler"] | {"scale": 0.0}, one["scaler"] | {"growth_interval": 3}):
+        files.save_file(halves / "state.pt", one | {"scaler": scaler})
+        with pytest.raises(ValueError, match="lacks the scale of the loss"):
+            train.train(command_line(["--resume", str(halves), "--max_iters", "6"]))
+
+
+# -----------------------------------------------------------------------------
+# real data
 
 
 @pytest.mark.slow
