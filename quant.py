@@ -20,6 +20,7 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Sequence
 
 import torch
 import torch.nn as nn
@@ -691,7 +692,7 @@ def _(seed, rows, width, p, dtype, device):
 
 @torch.library.custom_op("nanopeft::stored_weight", mutates_args=())
 def stored_weight(packed: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor | None,
-                  offset: torch.Tensor | None, shape: list[int], scheme: str, block: int | None,
+                  offset: torch.Tensor | None, shape: Sequence[int], scheme: str, block: int | None,
                   dtype: torch.dtype) -> torch.Tensor:
     """The weight of a QuantizedTensor's parts, in dtype."""
     q = QuantizedTensor(torch.Size(shape), scheme, block, dtype, packed, absmax, absmax2, offset)
@@ -705,7 +706,7 @@ def _(packed, absmax, absmax2, offset, shape, scheme, block, dtype):
 
 @torch.library.custom_op("nanopeft::stored_product", mutates_args=())
 def stored_product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, absmax2: torch.Tensor | None,
-                   offset: torch.Tensor | None, shape: list[int], scheme: str,
+                   offset: torch.Tensor | None, shape: Sequence[int], scheme: str,
                    block: int | None) -> torch.Tensor:
     """x W^T, where W is stored_weight of the rest. x (.., in) -> (.., out). The backward pass needs what is stored alone."""
     return F.linear(x, stored_weight(packed, absmax, absmax2, offset, shape, scheme, block, x.dtype))

@@ -172,7 +172,7 @@ def describe(run, report):
     rows = config.batch_size // machine.WORLD_SIZE
     longest = encoded.lengths.max()
     length = int(data.padded(longest, encoded.block_size))
-    alone = " without fsdp" if config.fsdp else ""
+    alone = " without fsdp" if config.fsdp else " of the uncompiled step" if config.compile else ""
     say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens; "
         f"{size(predict_generation(run, length))} while it writes samples")
 

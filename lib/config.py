@@ -80,7 +80,7 @@ class Knobs:
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:1
     dtype: str = "auto"               # of the computation: auto, float32, bfloat16
-    compile: bool = False             # torch.compile the model
+    compile: bool = False             # torch.compile the blocks: a minute, then faster steps
     checkpointing: bool = False       # recompute each block in the backward pass
     offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
     fsdp: bool = False                # divide the frozen base among the processes (torchrun)

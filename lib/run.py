@@ -81,7 +81,7 @@ def offload(model):
     def pack(t):
         if t.untyped_storage().data_ptr() in own:
             return t
-        host = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
+        host = torch.empty_like(t, device="cpu", pin_memory=t.is_cuda)       # Compiled code wants its strides.
         return t.device, host.copy_(t, non_blocking=True)
 
     def unpack(packed):
@@ -248,7 +248,6 @@ def check_processes(config):
     possible = size // world * world or world
     check(size % world == 0, f"batch_size is {size}, which {world} processes cannot share equally; --batch_size {possible} "
                              "can be, or start another number")
-    check(not (config.packing and config.compile), "packing and compile do not go together, because each batch would be compiled anew; leave one of them out")
     if not config.fsdp:
         return
     check(world > 1, "fsdp divides the base among processes, but there is one; start it as torchrun --nproc_per_node=2 "
