@@ -31,7 +31,7 @@ from pathlib import Path
 
 from lib import presets
 from lib.checks import Parser, bounded, check, shown
-from lib.config import METHOD_OPTIONS, Config, check_options, run_main
+from lib.config import CHOICES, METHOD_OPTIONS, Config, check_options, run_main
 from lib.report import size, table
 
 # -----------------------------------------------------------------------------
@@ -49,6 +49,8 @@ def parse(args):
     parser.add_argument("--gradient_accumulation_steps", type=int, default=1)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--offload", action="store_true", help="saved activations go to the host")
+    for name in ("optimizer", "param_dtype"):
+        parser.add_argument(f"--{name}", default=getattr(Config, name), choices=CHOICES[name])
     parser.add_argument("--quant", default="", help="the code that the base is stored in")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="none is needed here")
@@ -371,7 +373,7 @@ def stretched(layers, n_layer, P, times):
 # the simulation
 
 
-def fake_model(config, method, dtype, storage, options):
+def fake_model(config, method, dtype, storage, options, param_dtype="float32"):
     """A GPT as load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     model = GPT(config, dtype).requires_grad_(False)
     model.base_fingerprint = "simulated"
@@ -380,6 +382,7 @@ def fake_model(config, method, dtype, storage, options):
     if storage:
         quant.store(model, storage, empty=True)
     peft.apply(model, method, **options)
+    peft.keep_trained_in(model, getattr(torch, param_dtype))
     return model
 
 
@@ -408,7 +411,7 @@ def simulated_offload(model):
 
 def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda", storage=None,
              checkpointing=False, gradient_accumulation_steps=1, grad_clip=1.0, label_smoothing=0.0,
-             offload=False, packed=None, **options):
+             offload=False, packed=None, optimizer="adamw", param_dtype="float32", **options):
     """
     The peak of one training step, without the memory: {"peak", "parts", "layers"} in bytes, as Tracker.report
     has them, with the method, batch and seq.
@@ -416,19 +419,20 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     config: GPTConfig or a name of PRESETS. method and options: as for peft.apply. batch x seq: a micro-batch,
     of which gradient_accumulation_steps make a step; packed: instead of these, for each micro-batch the lengths of
     the sequences that lie side by side in it. storage: quant.Storage of the base (None: as the method
-    has it). device: "cuda" or "cpu", whose rounding and kernels are assumed; on "cuda" the parts hold the
-    context and cuBLAS's workspaces as constants. The first step's own peak can be lower, because Adam's states
+    has it). optimizer, param_dtype: the knobs of a run. device: "cuda" or "cpu", whose rounding and kernels are
+    assumed; on "cuda" the parts hold the context and cuBLAS's workspaces as constants. The first step's own peak can be lower, because Adam's states
     are counted as being there. ValueError where such a batch does not fit into the model's context.
     """
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
     storage = storage or peft.default_storage(method)
     settings = checkpointing, gradient_accumulation_steps, grad_clip, label_smoothing, offload, packed
+    knobs = Config(optimizer=optimizer, param_dtype=param_dtype)
 
     def track(config):
         with FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
-            model = fake_model(config, method, dtype, storage, options)
-            return tracked_step(model, batch, seq, device, *settings)
+            model = fake_model(config, method, dtype, storage, options, param_dtype)
+            return tracked_step(model, knobs, batch, seq, device, *settings)
 
     report = report_by_few_blocks(track, config, method, storage)
     with_constants(report, device, n_threads=2)
@@ -443,11 +447,11 @@ def with_constants(report, device, n_threads):
         report["peak"] += sum(constants.values())
 
 
-def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing, offload,
-                 packed):
-    """A Tracker of one step of a fake model; the arguments are simulate's."""
+def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing,
+                 offload, packed):
+    """A Tracker of one step of a fake model; the arguments are simulate's. knobs: a Config with the optimizer's."""
     model.checkpointing = checkpointing
-    optimizer = run.make_optimizer(model.train(), Config())
+    optimizer = run.make_optimizer(model.train(), knobs)
     make_states(model, optimizer)
     saving = functools.partial(simulated_offload, model) if offload else nullcontext
     # The step makes the codes' tables anew, so that they count in it.
@@ -462,7 +466,7 @@ def tracked_step(model, batch, seq, device, checkpointing, accumulation, grad_cl
 
 
 def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, device="cuda",
-                        storage=None, **options):
+                        storage=None, param_dtype="float32", **options):
     """
     The peak of writing up to seq tokens in each of batch rows, the prompts among them: {"peak", "parts"} in
     bytes. It is of the first token, from a prompt of all seq tokens but one, and the last one; the copies of the
@@ -474,7 +478,7 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
 
     def track(config):
         with torch.no_grad(), FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
-            model = fake_model(config, method, dtype, storage, options).eval()
+            model = fake_model(config, method, dtype, storage, options, param_dtype).eval()
             with Tracker(model, device=device, outside="copies of the layers") as tracker:
                 cache = Cache(config.n_layer, seq)
                 with ready_layers(model, batch):
@@ -587,13 +591,21 @@ The lecture measured 11.0 GB. Its optional row, a float32 copy of the gradients,
 the number of heads ({PRESETS["opt-1.3b"].n_head}), and fused attention has no such term at all.
 
 This project trains in float32 with the products in bfloat16 (weights, gradients and Adam's
-moments 4 bytes each). The same step, simulated:
+moments 4 bytes each) unless told otherwise. The same step, simulated; the lecture's is the second:
 
-{breakdown([simulate("opt-1.3b", "full")], "OPT-1.3B")}"""
+{breakdown(slide_reports(), "OPT-1.3B")}"""
+
+
+def slide_reports():
+    """Reports of full fine-tuning of OPT-1.3B with the knobs that say what is stored, which stand for the method."""
+    in_16_bits, in_8_bits = {"param_dtype": "bfloat16"}, {"optimizer": "adamw8bit"}
+    for knobs in ({}, in_16_bits, in_8_bits, in_16_bits | in_8_bits):
+        yield simulate("opt-1.3b", "full", **knobs) | {"method": " ".join(knobs.values()) or "float32"}
 
 
 def breakdown(reports, title):
     """A table of reports of simulate: a column each, a row a part."""
+    reports = list(reports)
     rows = [[title, *(report["method"] for report in reports)]]
     for part in dict.fromkeys(part for report in reports for part in report["parts"]):
         sizes = [report["parts"].get(part) for report in reports]
@@ -658,7 +670,8 @@ def load_config(name):
 
 def settings_of(args):
     """The keyword arguments of simulate that the command line gives."""
-    names = (*METHOD_OPTIONS, "device", "checkpointing", "gradient_accumulation_steps", "offload")
+    names = (*METHOD_OPTIONS, "device", "checkpointing", "gradient_accumulation_steps", "offload", "optimizer",
+             "param_dtype")
     settings = {name: getattr(args, name) for name in names}
     storage = quant.Storage(args.quant, double=True) if args.quant else None
     return settings | {"dtype": getattr(torch, args.dtype), "storage": storage}

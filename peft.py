@@ -125,7 +125,8 @@ class LoRA(LinearWrapper):
 
     def merged(self, weight, bias):
         """weight (out, in) and bias (out,) or None of W_0, float32 -> those of W_0 + s B A."""
-        return weight + self.s * self.B @ self.A, bias
+        dtype = torch.promote_types(self.A.dtype, weight.dtype)
+        return weight + self.s * self.B.to(dtype) @ self.A.to(dtype), bias
 
 
 def low_rank_linear(base, x, A, B, s, dropout, training):
@@ -703,6 +704,13 @@ def apply(model, method, **options):
     return report
 
 
+def keep_trained_in(model, dtype):
+    """Makes what is trained of that torch.dtype, float32 until here."""
+    for _, p, method in parameters_by_method(model):
+        if method:
+            p.data = p.data.to(dtype).contiguous()
+
+
 def default_storage(method):
     """The quant.Storage that the methods' names imply: qlora's, or None."""
     return QLORA if "qlora" in method_names(method) else None
@@ -936,7 +944,7 @@ def load_state(model, tensors, where="state"):
 
 
 def check_tensors(tensors, own, where):
-    """ValueError unless tensors has the names and shapes of own, is float32 and finite."""
+    """ValueError unless tensors has the names and shapes of own, is float32 or of own's type, and finite."""
     missing = own.keys() - tensors.keys()
     extra = tensors.keys() - own.keys()
     check(not missing, f"{where}: lacks {len(missing)} tensors: {some(missing)}")  # fault 9
@@ -945,13 +953,13 @@ def check_tensors(tensors, own, where):
         shape = own[name].shape
         found = tuple(getattr(t, "shape", ()))
         check(found == shape, f"{where}: {name} has shape {found}; here it is {tuple(shape)}")  # fault 10
-        check_values(name, t, where)
+        check_values(name, t, where, own[name].dtype)
 
 
-def check_values(name, t, where):
-    """ValueError unless t is a tensor of float32, finite."""
+def check_values(name, t, where, also=torch.float32):
+    """ValueError unless t is a tensor of float32, or of the type also, and finite."""
     kind = getattr(t, "dtype", type(t).__name__)
-    check(kind == torch.float32, f"{where}: {name} is {kind}; it must be torch.float32")  # fault 11
+    check(kind in (torch.float32, also), f"{where}: {name} is {kind}; it must be torch.float32")  # fault 11
     check(bool(t.isfinite().all()), f"{where}: {name} holds NaN or infinity")  # fault 12
 
 
@@ -971,7 +979,7 @@ def packed(method, options, tensors, base):
     """What an adapter's file holds, of methods, their options and trained tensors over a base of that fingerprint."""
     tensors = kept_tensors(tensors, options)
     options = options | {"prefix_mlp": 0} if "prefix_mlp" in options else options
-    tensors = {name: t.cpu() for name, t in tensors.items()}
+    tensors = {name: t.float().cpu() for name, t in tensors.items()}
     count = sum(t.numel() for t in tensors.values())
     return {"format": FORMAT, "kind": "adapter", "method": method, "options": options, "base": base, "parameters": count,
             "tensors": tensors}

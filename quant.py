@@ -89,21 +89,22 @@ CODES = {
 }
 
 
-def dynamic_levels():
+def dynamic_levels(signed=True):
     """
-    The 256 levels of bitsandbytes' signed 8-bit "dynamic" type (Dettmers 2016), in which double quantization stores the
-    scales: a sign, a decimal exponent and a linear fraction.
+    The 256 levels of bitsandbytes' 8-bit "dynamic" type (Dettmers 2016), in which double quantization stores the scales: a
+    sign, a decimal exponent and a linear fraction, which has a bit more where there is no sign.
     """
     positive = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1)
         middles = (edges[:-1] + edges[1:]) / 2
         positive += (10.0 ** (i - 6) * middles).tolist()
-    negative = [-level for level in positive]
+    negative = [-level for level in positive] if signed else []
     return tuple(sorted([*negative, 0.0, *positive, 1.0]))
 
 
 DYNAMIC = Code(dynamic_levels(), bits=8)
+UNSIGNED = Code(dynamic_levels(signed=False), bits=8)
 NESTED_BLOCK = 256                                # scales that share a scale in double quantization
 BLOCKS = tuple(2**i for i in range(4, 13))        # weights that may share a scale; or those of a row
 
@@ -404,6 +405,42 @@ def _fill_by_kernel(packed, scales, out, code, block, width=1024):
         reason = str(error).strip().partition("\n")[0]
         print(f"dequantization has no kernel of its own here and takes longer: {reason}", file=sys.stderr)
     return not _kernel_fails
+
+
+# -----------------------------------------------------------------------------
+# numbers that change in storage: an optimizer's moments, a byte each
+
+
+def to_bytes(x, code):
+    """
+    x (n,) float32, finite -> codes (n,) uint8 of DYNAMIC or UNSIGNED, and the largest magnitude of each NESTED_BLOCK, (ceil(n /
+    NESTED_BLOCK),) float32. Nothing here waits for a GPU. In UNSIGNED what is not zero does not become zero, because the
+    optimizer divides by it.
+    """
+    blocks = _filled_up(x)
+    absmax = blocks.abs().amax(1)
+    divisor = torch.where(absmax == 0, 1, absmax)
+    y = blocks / divisor[:, None]
+    boundaries = _table(_boundaries, code, x.device)
+    codes = torch.bucketize(y, boundaries, out_int32=True).to(torch.uint8)
+    if code is UNSIGNED:
+        lost = (codes == 0) & (blocks > 0)
+        codes.masked_fill_(lost, 1)
+    return codes.view(-1)[:len(x)], absmax
+
+
+def from_bytes(codes, absmax, code):
+    """The inverse of to_bytes, (n,) float32."""
+    levels = _table(_levels, code, codes.device)
+    blocks = _filled_up(levels[codes.int()])
+    values = blocks * absmax[:, None]
+    return values.view(-1)[:len(codes)]
+
+
+def _filled_up(x):
+    """x (n,) -> (ceil(n / NESTED_BLOCK), NESTED_BLOCK), with zeros at the end."""
+    missing = -len(x) % NESTED_BLOCK
+    return F.pad(x, (0, missing)).view(-1, NESTED_BLOCK)
 
 
 # -----------------------------------------------------------------------------

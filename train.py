@@ -195,7 +195,8 @@ def told_of_data(run):
 def predict(run, batch, length, packed=None):
     """The peak in bytes of a step with micro-batches of batch x length tokens; packed as in memory.simulate."""
     config = run.config
-    names = "checkpointing", "gradient_accumulation_steps", "grad_clip", "label_smoothing", "offload"
+    names = ("checkpointing", "gradient_accumulation_steps", "grad_clip", "label_smoothing", "offload",
+             "optimizer", "param_dtype")
     settings = {name: getattr(config, name) for name in names} | method_options(config)
     dtype = getattr(torch, config.dtype)
     report = memory.simulate(
@@ -210,7 +211,7 @@ def predict_generation(run, length):
     rows, dtype = max(config.sample_count, 1), getattr(torch, config.dtype)
     report = memory.simulate_generation(
         run.model.config, config.method, rows, min(length + 100, room), dtype, run.device.type,
-        storage_of(config), **method_options(config))
+        storage_of(config), config.param_dtype, **method_options(config))
     return report["peak"]
 
 

@@ -65,6 +65,7 @@ class Knobs:
     lr_schedule: str = "cosine"       # cosine, linear or constant, after the warm-up
     warmup_iters: int = 20            # steps until the learning rate is at its highest
     min_lr: float = 0.0               # where the schedule ends
+    optimizer: str = "adamw"          # or adamw8bit: moments in 8 bits (Dettmers et al. 2022)
     weight_decay: float = 0.01        # of matrices; vectors and soft prompts do not decay
     beta1: float = 0.9                # Adam's mean
     beta2: float = 0.999              # Adam's mean of squares
@@ -80,6 +81,7 @@ class Knobs:
     # machine
     device: str = "auto"              # auto, cpu, cuda, cuda:1
     dtype: str = "auto"               # of the computation: auto, float32, bfloat16
+    param_dtype: str = "float32"      # or bfloat16: what is trained, its gradients and moments, rounded at random
     compile: bool = False             # torch.compile the blocks: a minute, then faster steps
     checkpointing: bool = False       # recompute each block in the backward pass
     offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
@@ -116,6 +118,8 @@ CHOICES = {
     "train_on": ("completion", "prompt+completion"),
     "template": ("auto", "pipe", "raw", "none", "base", "chatml"),
     "dtype": ("auto", "float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
+    "optimizer": ("adamw", "adamw8bit"),
 }
 MAY_CHANGE = (   # on resuming
     "max_iters", "epochs", "patience", "eval_interval", "save_interval", "log_interval", "keep_adapters",

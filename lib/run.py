@@ -30,6 +30,7 @@ from lib.checks import LONG, bounded, regular, shown, typed
 from lib.files import (check, holds_tensors_by_name, located, read_file, read_json_lines, save_file, some,
                        write_atomic)
 from lib.kernels import simulating
+from lib.optim import AdamW
 from lib.origin import read_origin
 from lib.tokenizer import end_ids
 from lib.tokens import add_tokens
@@ -94,9 +95,12 @@ def offload(model):
 
 
 def make_optimizer(model, config):
-    """AdamW over what is trained, fused: one pass over the states instead of a dozen."""
+    """AdamW over what is trained: torch's where all is float32, fused, one pass over the states instead of a dozen."""
     groups = peft.param_groups(model, config.learning_rate, config.weight_decay, config.lora_plus_ratio)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2)}
+    if (config.optimizer, config.param_dtype) == ("adamw", "float32"):
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    return AdamW(groups, eight_bit=config.optimizer == "adamw8bit", **settings)
 
 
 def learning_rate(config, i):
@@ -224,7 +228,9 @@ def attach_methods(model, tokenizer, config):
     options = method_options(config)
     if config.prompt_init:
         options["prompt_ids"] = tokenizer.encode(config.prompt_init)
-    return peft.apply(model, config.method, **options)
+    report = peft.apply(model, config.method, **options)
+    peft.keep_trained_in(model, getattr(torch, config.param_dtype))
+    return report
 
 
 def storage_by_type(model):
@@ -719,10 +725,12 @@ def fits(optimizer, state):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     moments = typed("state", state.get("state"), dict)
     known = moments.keys() <= set(range(len(parameters)))
-    return known and all(are_moments(part, parameters[i]) for i, part in moments.items())
+    return known and all(are_moments(part, parameters[i], optimizer) for i, part in moments.items())
 
 
-def are_moments(part, parameter):
-    """Whether a part of an optimizer's state is AdamW's of that parameter."""
+def are_moments(part, parameter, optimizer):
+    """Whether a part of a state is what the optimizer keeps of that parameter."""
     wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    if isinstance(optimizer, AdamW):
+        wanted = optimizer.new_state(parameter)
     return isinstance(part, dict) and all(is_like(part.get(name), own) for name, own in wanted.items())

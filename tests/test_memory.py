@@ -38,15 +38,15 @@ def forget_tables():
     quant._kept_table.cache_clear()
 
 
-def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options):
+def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options, knobs):
     """The peak of a real step, its second, counted over real tensors on a CPU."""
     forget_tables()
-    model = memory.fake_model(config, method, dtype, storage or peft.default_storage(method), options)      # real here: no fake mode
+    model = memory.fake_model(config, method, dtype, storage or peft.default_storage(method), options, knobs.param_dtype)     # real here: no fake mode
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             t.zero_() if not t.is_floating_point() else t.fill_(0.01)
     model.checkpointing = checkpointing
-    optimizer = run.make_optimizer(model.train(), Config())
+    optimizer = run.make_optimizer(model.train(), knobs)
     g = torch.Generator().manual_seed(0)
 
     def batches():
@@ -58,12 +58,12 @@ def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulat
     return tracker.report()
 
 
-def compare(family, method, batch, seq, dtype=torch.bfloat16, storage=None, checkpointing=False, accumulation=1, options={}, **changes):
-    """family: of conftest, or a GPTConfig."""
+def compare(family, method, batch, seq, dtype=torch.bfloat16, storage=None, checkpointing=False, accumulation=1, options={}, knobs={}, **changes):
+    """family: of conftest, or a GPTConfig. knobs: of the optimizer."""
     config = tiny(family, block_size=128, **changes) if isinstance(family, str) else family
-    real = counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options)
+    real = counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options, Config(**knobs))
     ours = simulate(config, method, batch, seq, dtype, "cpu", storage, checkpointing=checkpointing,
-                    gradient_accumulation_steps=accumulation, **options)
+                    gradient_accumulation_steps=accumulation, **options, **knobs)
     assert sum(ours["parts"].values()) == ours["peak"] and sum(real["parts"].values()) == real["peak"]
     static = [{part: n for part, n in report["parts"].items() if part.startswith(("weights", "adapter", "optimizer"))} for report in (ours, real)]
     assert static[0] == static[1]
@@ -87,6 +87,26 @@ def test_simulated_equals_counted(family, method, scheme, checkpointing, accumul
 def assert_equal(ours, real):
     assert ours["peak"] == real["peak"], (ours, real)
     assert ours["parts"] == real["parts"] and ours["layers"] == real["layers"]
+
+
+OPTIMIZERS = [dict(optimizer="adamw8bit"), dict(param_dtype="bfloat16"), dict(optimizer="adamw8bit", param_dtype="bfloat16")]
+
+
+@pytest.mark.parametrize("knobs", OPTIMIZERS, ids=str)
+@pytest.mark.parametrize("family, method", [("gpt2", "full"), ("llama", "qlora+embed"), ("llama", "lora+prefix+adapter"), ("gpt2", "dora")])
+def test_optimizers_in_less_memory(family, method, knobs):
+    ours, real = compare(family, method, 3, 40, knobs=knobs, n_embd=96, accumulation=2)
+    assert_equal(ours, real)
+
+
+def test_the_slide_simulated():
+    """OPT-1.3B in 16 bits: weights, gradients and optimizer states as the lecture has them, within the rounding of N to 1.3 B."""
+    parts = simulate("opt-1.3b", "full", param_dtype="bfloat16")["parts"]
+    for part, slide in (("weights bfloat16", "weights"), ("gradients", "gradients"), ("optimizer states", "optimizer states")):
+        assert parts[part] / 1e9 == pytest.approx(memory.LECTURE[slide], rel=0.015)
+    in_8_bits = simulate("opt-1.3b", "full", optimizer="adamw8bit")["parts"]["optimizer states"]
+    in_32 = simulate("opt-1.3b", "full")["parts"]["optimizer states"]
+    assert in_8_bits / in_32 == pytest.approx(0.25, abs=0.006)
 
 
 def shrunk(name):

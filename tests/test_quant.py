@@ -60,11 +60,11 @@ LEVELS = {"nf4": NF4, "linear4": np.array([-1 + 2 * k / 15 for k in range(16)], 
           "fp4": np.array([sign * level / 12 for sign in (1, -1) for level in (0.0, 0.0625, 8, 12, 4, 6, 2, 3)], np.float32)}
 
 
-def dynamic_map():
+def dynamic_map(signs=(-1, 1)):
     values = [0.0, 1.0]
     for i in range(7):
-        edges = np.linspace(np.float32(0.1), np.float32(1), 2**i + 1)
-        values += [sign * 10.0 ** (i - 6) * (a + b) / 2 for a, b in zip(edges, edges[1:]) for sign in (-1, 1)]
+        edges = np.linspace(np.float32(0.1), np.float32(1), 2**i * (3 - len(signs)) + 1)
+        values += [sign * 10.0 ** (i - 6) * (a + b) / 2 for a, b in zip(edges, edges[1:]) for sign in signs]
     return np.array(sorted(values))
 
 
@@ -129,6 +129,8 @@ def test_tables_have_the_published_hashes():
     assert len(table) == 256 and (table < 0).sum() == 127 and table[127] == 0 and table[-1] == 1
     assert table[0].item() == pytest.approx(-0.992968738, abs=1e-9)
     assert np.allclose(table.numpy(), dynamic_map(), rtol=1e-6, atol=0)
+    unsigned = torch.tensor(quant.UNSIGNED.levels)
+    assert len(unsigned) == 256 and np.allclose(unsigned.numpy(), dynamic_map(signs=(1,)), rtol=1e-6, atol=0)
 
 
 def test_slide():
@@ -528,7 +530,7 @@ for x, block in torch.load(sys.argv[1], weights_only=True):
     scales = kernels["dequantize_blockwise"](nested, absmax2, code, 256, torch.float32) + offset
     values = [[kernels["dequantize_4bit"](packed, a, block, "nf4", list(x.shape), dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] for a in (absmax, scales)]
     results.append([packed.flatten(), absmax, nested, absmax2, offset, *sum(values, [])])
-torch.save([code, results], sys.argv[2])
+torch.save([code, F.create_dynamic_map(signed=False), results], sys.argv[2])
 """
 
 
@@ -543,8 +545,8 @@ def test_bit_for_bit_with_bitsandbytes(peer, tmp_path):
             cases.append((x.view(5, -1) if n % 5 == 0 else x, block))
     torch.save(cases, tmp_path / "cases")
     peer(BITSANDBYTES, tmp_path / "cases", tmp_path / "results")
-    code, results = torch.load(tmp_path / "results", weights_only=True)
-    assert same(code, torch.tensor(quant.dynamic_levels()))
+    code, unsigned, results = torch.load(tmp_path / "results", weights_only=True)
+    assert same(code, torch.tensor(quant.dynamic_levels())) and same(unsigned, torch.tensor(quant.UNSIGNED.levels))
     for (x, block), theirs in zip(cases, results, strict=True):
         plain, double = quantize(x, "nf4", block), quantize(x, "nf4", block, double=True)
         n = len(plain.packed) - x.numel() % 2                    # its pad nibble is 7 as well, but that is checked by hand
