@@ -219,7 +219,7 @@ def meteor(predictions, references):
     groups = {i: texts for i, (_, texts) in enumerate(pairs)}
     scorer = Meteor()
     score, _ = scorer.compute_score(groups, hypotheses)
-    scorer.meteor_p.stdout.close()                               # It ends its process, but leaves these pipes open.
+    scorer.meteor_p.stdout.close()           # It ends its process, but leaves these pipes open.
     scorer.meteor_p.stderr.close()
     return score
 

@@ -11,9 +11,9 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from lib.rope import Rope  # noqa: E402
-from forks import OURS, PEERS, ROOT, Forks  # noqa: E402
+from forks import OURS, PEERS, ROOT, THREADS, Forks  # noqa: E402
 
-torch.set_num_threads(2)
+torch.set_num_threads(THREADS)
 
 
 def named_folder(variable, content):

@@ -21,6 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2        # workers share the machine
 OURS = "torch._dynamo", "evaluate", "hub", "memory", "sample", "train"         # (the first by fake tensors)
 PEERS = "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "peft", "bitsandbytes"
 
@@ -30,7 +31,7 @@ class Forks:
 
     def __init__(self, python, modules, folder):
         self.server = subprocess.Popen([*python, __file__, str(folder), *modules], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-                                       cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1"})
+                                       cwd=folder, env=os.environ | {"OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1"})
 
     def run(self, argv, cwd, env, timeout=120, limit=(), kills=False):
         """
