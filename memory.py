@@ -421,8 +421,9 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     of which gradient_accumulation_steps make a step; packed: instead of these, for each micro-batch the lengths of
     the sequences that lie side by side in it. storage: quant.Storage of the base (None: as the method
     has it). optimizer, param_dtype: the knobs of a run. device: "cuda" or "cpu", whose rounding and kernels are
-    assumed; on "cuda" the parts hold the context and cuBLAS's workspaces as constants. The first step's own peak can be lower, because Adam's states
-    are counted as being there. ValueError where such a batch does not fit into the model's context.
+    assumed; on "cuda" the parts hold the context and cuBLAS's workspaces as constants. The first step's own
+    peak can be lower, because Adam's states are counted as being there. ValueError where such a batch does not
+    fit into the model's context.
     """
     config = preset(config) if isinstance(config, str) else config
     check_shape(config, method, batch, seq, options)
@@ -456,7 +457,7 @@ def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, 
     make_states(model, optimizer)
     saving = functools.partial(simulated_offload, model) if offload else nullcontext
     scaler = run.make_scaler(dtype_name(model.dtype), "cpu")
-    scaler.scale(torch.zeros(()))                                # It makes its two numbers when it is first used.
+    scaler.scale(torch.zeros(()))                                # Its two numbers are made by its first use.
     # The step makes the codes' tables anew, so that they count in it.
     with quant.simulated(), Tracker(model, optimizer, device) as tracker:
         micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)           # tokens and targets

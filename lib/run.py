@@ -108,8 +108,9 @@ def make_optimizer(model, config):
 
 def make_scaler(dtype, device_type):
     """
-    What scales the loss of a step in float16, whose gradients would else be rounded to zero: by a factor that is halved when
-    they overflow, a step that is skipped, and doubled after 2,000 steps that do not. In another type it does nothing.
+    What scales the loss of a step in float16, whose gradients would else be rounded to zero: by a factor that is
+    halved when they overflow, a step that is skipped, and doubled after 2,000 steps that do not. In another type
+    it does nothing.
     """
     return torch.amp.GradScaler(device_type, enabled=dtype == "float16")
 

@@ -97,7 +97,7 @@ def test_what_is_not_finite_is_refused(gpu):
 # -----------------------------------------------------------------------------
 # parts, beside float64 on the CPU
 
-BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
+BOUNDS = {torch.float32: 4e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
 def assert_close(ours, exact, bound):
@@ -365,7 +365,9 @@ def steps_of(out):
     return [entry.get("loss", entry.get("val_loss")) for entry in entries]
 
 
-@pytest.mark.parametrize("flags", ["--method qlora", "--method qlora --packing --checkpointing", "--method dora --dtype float32"])
+@pytest.mark.parametrize("flags", [
+    "--method qlora", "--method qlora --packing --checkpointing", "--method dora --dtype float32", "--method qlora --dtype float16",
+    "--method lora --optimizer adamw8bit --param_dtype bfloat16"])
 def test_resuming_is_exact(gpu, folder, flags, monkeypatch):
     name = flags.replace(" ", "").replace("-", "_")
     whole = trained(gpu, folder, f"whole{name}", *flags.split())
@@ -490,11 +492,12 @@ def compare(capsys, what, measured, predicted):
     assert measured == pytest.approx(predicted, rel=0.05)
 
 
-def bytes_of_a_step(gpu, method, checkpointing, config, batch, seq):
+def bytes_of_a_step(gpu, method, checkpointing, config, batch, seq, **knobs):
     """The peak of the third step. (The model is gone before anything is asserted.)"""
     model = filled_model(config, method, gpu)
     model.checkpointing = checkpointing
-    optimizer = run.make_optimizer(model.train(), Config())
+    peft.keep_trained_in(model, getattr(torch, knobs.get("param_dtype", "float32")))
+    optimizer = run.make_optimizer(model.train(), Config(**knobs))
 
     def step():
         run.step(model, optimizer, [torch.ones(2, batch, seq, dtype=torch.int64, device=gpu)], 1.0)
@@ -525,6 +528,15 @@ def test_the_memory_of_a_step(gpu, method, checkpointing, capsys):
         # A dispatch mode keeps autograd from adding the second gradient of a tied table in place, so the simulation counts one more.
         predicted -= 4 * size[0].vocab_size * size[0].n_embd
     compare(capsys, f"{method}{', checkpointing' if checkpointing else ''}", measured, predicted)
+
+
+@pytest.mark.parametrize("knobs", [dict(optimizer="adamw8bit"), dict(param_dtype="bfloat16"), dict(optimizer="adamw8bit", param_dtype="bfloat16")], ids=str)
+def test_the_memory_of_smaller_optimizers(gpu, knobs, capsys):
+    size = size_of_tests()
+    measured = bytes_of_a_step(gpu, "top", True, *size, **knobs)
+    report = memory.simulate(size[0], "top", *size[1:], device=gpu.type, checkpointing=True, **knobs)
+    predicted = report["peak"] - report["parts"].get("CUDA context", 0)
+    compare(capsys, str(knobs), measured, predicted)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
