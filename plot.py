@@ -243,21 +243,21 @@ def results(files):
 
 def name_points(ax, points):
     """
-    Writes the name of each (y, x, name, color) beside its point; higher, with a line to the point, where another name
-    or point is there already.
+    Writes the name of each (y, x, name, color) beside its point; higher, with a line to the point, where
+    another name or point is there already.
     """
     ax.figure.canvas.draw()                                      # Now it is known where a point comes to lie.
-    height, letter, beside = 9.5, 5, 7                           # of a name, and how far from its point, in points
+    height, letter, beside = 9.5, 5, 7                           # of a name, and from its point; in points
     places = [ax.transData.transform((x, y)) * 72 / ax.figure.dpi for y, x, _, _ in points]
     taken = [(x - beside / 2, x + beside / 2, y) for x, y in places]
-    for (x, y), (value, trained, name, color) in sorted(zip(places, points), key=lambda pair: pair[1]):
+    for (value, trained, name, color), (x, y) in sorted(zip(points, places)):
         left, right, place = x + beside, x + beside + letter * len(name), y
         while any(left < r and l < right and abs(place - p) < height for l, r, p in taken):
             place += 1
         taken.append((left, right, place))
-        line = dict(arrowstyle="-", color=color, lw=0.6, shrinkA=0, relpos=(0, 0.5)) if place - y > height else None
-        ax.annotate(name, (trained, value), (beside, place - y), textcoords="offset points", va="center", fontsize=8,
-                    color=color, arrowprops=line)
+        line = dict(arrowstyle="-", color=color, lw=0.6, shrinkA=0, relpos=(0, 0.5))
+        ax.annotate(name, (trained, value), (beside, place - y), textcoords="offset points", va="center",
+                    fontsize=8, color=color, arrowprops=line if place - y > height else None)
 
 
 def main(args):

@@ -349,9 +349,7 @@ def _fill(packed, scales, out, code, block):
 
 
 def _fill_in_chunks(packed, scales, out, code, block):
-    """_fill, so that no intermediate result is as large as the weight; a GPU's kernel has none."""
-    if device_type(out) == "cuda" and (simulating() or _fill_by_kernel(packed, scales, out, code, block)):
-        return
+    """_fill, so that no intermediate result is as large as the weight."""
     length = _chunk_length(out, block)
     packed_chunks = packed.split(length * code.bits // 8)
     scale_chunks = scales.split(length // block)
@@ -362,25 +360,33 @@ def _fill_in_chunks(packed, scales, out, code, block):
 
 @functools.cache
 def _kernel():
-    """_fill as one kernel of a GPU, in Triton: each number of out on its own."""
+    """A weight from all that stores it, as one kernel of a GPU, in Triton: each number of out on its own."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def fill(packed, scales, levels, out, n, bits: tl.constexpr, zero: tl.constexpr, block: tl.constexpr,
-             width: tl.constexpr):
+    def fill(packed, absmax, absmax2, offset, levels, levels2, out, n, bits: tl.constexpr,
+             zero: tl.constexpr, block: tl.constexpr, block2: tl.constexpr, width: tl.constexpr):
         i = tl.program_id(0) * width + tl.arange(0, width)
         inside = i < n
-        bit = i % 8 * bits                                       # Eight codes begin at a byte.
-        place = packed + i // 8 * bits + bit // 8
-        code = tl.load(place, mask=inside, other=0).to(tl.int32) + zero
-        if bits < 8:
+        if 8 % bits == 0:
+            per_byte: tl.constexpr = 8 // bits
+            byte = tl.load(packed + i // per_byte, mask=inside, other=0).to(tl.int32) + zero
+            code = (byte >> (8 - bits - i % per_byte * bits)) & (2**bits - 1)
+        else:                                                    # Eight codes begin at a byte.
+            bit = i % 8 * bits
+            place = packed + i // 8 * bits + bit // 8
             bit = bit % 8
-            word = code << 8
-            if 8 % bits:                                         # A code may lie in two bytes.
-                word |= tl.load(place + 1, mask=inside & (bit + bits > 8), other=0).to(tl.int32)
+            word = tl.load(place, mask=inside, other=0).to(tl.int32) << 8
+            word |= tl.load(place + 1, mask=inside & (bit + bits > 8), other=0).to(tl.int32)
             code = (word >> (16 - bits - bit)) & (2**bits - 1)
-        scale = tl.load(scales + i // block, mask=inside, other=0.0)
+        j = i // block
+        if block2:
+            code2 = tl.load(absmax + j, mask=inside, other=0).to(tl.int32)
+            scale2 = tl.load(absmax2 + j // block2, mask=inside, other=0.0)
+            scale = tl.load(levels2 + code2) * scale2 + tl.load(offset)
+        else:
+            scale = tl.load(absmax + j, mask=inside, other=0.0)
         tl.store(out + i, tl.load(levels + code) * scale, mask=inside)
 
     return fill
@@ -389,17 +395,25 @@ def _kernel():
 _kernel_fails = False
 
 
-def _fill_by_kernel(packed, scales, out, code, block, width=1024):
-    """Whether the kernel did it. What keeps it from that, as a missing C compiler does, is told once."""
+def _fill_by_kernel(q, out, width=4096):
+    """
+    Whether the kernel filled out, of q's shape, with the weight. What keeps it from that, as a missing C
+    compiler does, is told once.
+    """
     global _kernel_fails
-    n = len(out)
+    n = out.numel()
     if _kernel_fails or n > 2**31 - width:                       # Its indices are of 32 bits.
         return False
-    levels = _table(_levels, code, out.device)
+    code = CODES[q.scheme]
+    levels, levels2 = (_table(_levels, kind, out.device) for kind in (code, DYNAMIC))
+    scales = (q.absmax, q.absmax2, q.offset) if q.double else (q.absmax,) * 3    # of which it reads the first
+    tensors = q.packed, *scales, levels, levels2, out
     zero = code.top if code.signed else 0
+    numbers = n, code.bits, zero, q.weights_per_scale, NESTED_BLOCK if q.double else 0, width
     try:
         with torch.cuda.device_of(out):
-            _kernel()[-(-n // width),](packed, scales, levels, out, n, code.bits, zero, block, width)
+            # Product and sum are rounded one after the other, as everywhere.
+            _kernel()[-(-n // width),](*tensors, *numbers, enable_fp_fusion=False)
     except Exception as error:         # whatever Triton raises that is not there, or finds no compiler
         _kernel_fails = True
         reason = str(error).strip().partition("\n")[0]
@@ -524,8 +538,10 @@ class QuantizedTensor:
             return stored_weight(*stored, list(self.shape), self.scheme, self.block, dtype or self.dtype)
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
-        scales, code = self.scales(), CODES[self.scheme]
-        _fill_in_chunks(self.packed, scales, out.view(-1), code, self.weights_per_scale)
+        if device_type(out) == "cuda" and (simulating() or _fill_by_kernel(self, out)):
+            return out
+        code = CODES[self.scheme]
+        _fill_in_chunks(self.packed, self.scales(), out.view(-1), code, self.weights_per_scale)
         return out
 
 
