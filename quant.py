@@ -397,11 +397,11 @@ _kernel_fails = False
 
 def _fill_by_kernel(q, out, width=4096):
     """
-    Whether the kernel filled out, of q's shape, with the weight. What keeps it from that, as a missing C
-    compiler does, is told once.
+    Whether the kernel filled out, (n,), with the weight that q stores. What keeps it from that, as a missing
+    C compiler does, is told once.
     """
     global _kernel_fails
-    n = out.numel()
+    n = len(out)
     if _kernel_fails or n > 2**31 - width:                       # Its indices are of 32 bits.
         return False
     code = CODES[q.scheme]
@@ -538,10 +538,10 @@ class QuantizedTensor:
             return stored_weight(*stored, list(self.shape), self.scheme, self.block, dtype or self.dtype)
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
-        if device_type(out) == "cuda" and (simulating() or _fill_by_kernel(self, out)):
-            return out
-        code = CODES[self.scheme]
-        _fill_in_chunks(self.packed, self.scales(), out.view(-1), code, self.weights_per_scale)
+        flat = out.view(-1)                                      # An error where it is not contiguous.
+        if device_type(out) != "cuda" or not (simulating() or _fill_by_kernel(self, flat)):
+            code = CODES[self.scheme]
+            _fill_in_chunks(self.packed, self.scales(), flat, code, self.weights_per_scale)
         return out
 
 
