@@ -56,8 +56,8 @@ def test_every_method(family, method, options):
     if method == "bitfit" and not has_biases(family) or method == "head" and tiny(family).tied:
         pytest.skip("this base has no such tensors")
     assert_same(family, method, options, None, torch.float64, 1e-12)
-    if len(method.split("+")) == 1:
-        assert_same(family, method, options, None, torch.float32, 1e-6)
+    if len(method.split("+")) == 1:      # the bound is float32's rounding, which depends on the processor's kernels
+        assert_same(family, method, options, None, torch.float32, 1e-5)
 
 
 @pytest.mark.parametrize("scheme", quant.CODES)
