@@ -16,7 +16,7 @@ COURSES = {      # what a dish is made of, and as what; any of these with any of
     "mains": ("lamb trout chicken aubergine beef rabbit chickpea salmon", "stew pie curry roast"),
     "desserts": ("apple lemon cherry almond pear chocolate plum ginger", "cake sorbet pudding crumble"),
 }
-SIZES = (400, 30, 60)                # conversations for train, val, test
+SIZES = (800, 30, 60)                # conversations for train, val, test
 
 GREETINGS = ("", "", "Hello! ", "Good evening. ", "Excuse me, ", "Hi there, ")
 PRICE = ("how much is the {}?", "what does the {} cost?", "what is the price of the {}?", "the {}, how much is it?")
