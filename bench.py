@@ -69,6 +69,7 @@ import memory
 import peft
 import quant
 from lib import checkpoint, machine, origin, run
+from lib.hollow import hollow
 from lib.report import size, table
 from model import GPT
 
@@ -131,8 +132,7 @@ def load_base(job, device):
 
 def random_base(config, dtype, storage, device):
     """A base with random weights as checkpoint.load_base makes it, each made on the device and stored before the next."""
-    with torch.device("meta"):
-        model = GPT(config, dtype)
+    model = hollow(config, dtype)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if storage:
         quant.store(model, storage, empty=True)
@@ -596,8 +596,7 @@ def bench_step(job, args, folder):
 @functools.cache
 def flops_per_token(config):
     """Operations of the products with the frozen matrices, forward and backward; without the attention's."""
-    with torch.device("meta"):
-        model = GPT(config)
+    model = hollow(config)
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     return 4 * sum(p.numel() for p in (*matrices, model.head.weight))
 

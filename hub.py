@@ -65,12 +65,12 @@ from lib.checkpoint import load_base
 from lib.files import (entries_of, found_in, read_json, save_file, stored_type, write_atomic, write_json,
                        write_safetensors)
 from lib.gguf_format import write_gguf
+from lib.hollow import hollow
 from lib.model_folder import write_generation, write_model, write_tokenizer
 from lib.origin import read_origin
 from lib.peft_format import to_peft
 from lib.peft_import import from_peft, rows_of
 from lib.template import KEPT
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # what a new run starts from
@@ -168,8 +168,7 @@ def check_fits(content, config, where):
     """ValueError unless the adapter's tensors are those of its methods over the run's base, of which the shape alone is read."""
     shape = read_origin(config.base).config
     rows = max(shape.vocab_size, rows_of(content["tensors"].get(peft.TABLE)))            # with added tokens
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(shape, vocab_size=rows))
+    model = hollow(dataclasses.replace(shape, vocab_size=rows))
     model.base_fingerprint = content["base"]
     peft.apply(model, content["method"], **content["options"])
     peft.check_tensors(content["tensors"], peft.adapter_state_dict(model), where)

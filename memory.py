@@ -94,6 +94,7 @@ import peft
 import quant
 from lib import kernels, origin, run
 from lib.generation import Cache, ready_layers
+from lib.hollow import NothingDrawn, hollow
 from lib.machine import dtype_name
 from model import GPT, PRESETS
 
@@ -106,8 +107,7 @@ LECTURE = {"CUDA context": 1.0, "weights": 2.6, "gradients": 2.6, "hidden states
 
 def estimate(config, seq=512, batch=1, float_size=2, trainable=None):
     """The slide "GPU Memory breakdown": {row: bytes}. trainable: parameters that are trained (None: all)."""
-    with torch.device("meta"):
-        N = GPT(config).num_params()
+    N = hollow(config).num_params()
     trainable = N if trainable is None else trainable
     L, h = config.n_layer, config.n_embd
     rows = {
@@ -376,7 +376,8 @@ def stretched(layers, n_layer, P, times):
 
 def fake_model(config, method, dtype, storage, options, param_dtype="float32"):
     """A GPT as load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
-    model = GPT(config, dtype).requires_grad_(False)
+    with NothingDrawn():
+        model = GPT(config, dtype).requires_grad_(False)
     model.base_fingerprint = "simulated"
     for p in model.parameters():
         p.data = torch.empty_like(p, dtype=dtype)

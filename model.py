@@ -402,7 +402,8 @@ class GPT(nn.Module):
             return
         for name in ("rope", "local_rope"):
             rope = getattr(self.config, name)
-            frequency = None if rope is None else frequencies(rope, self.config.d_head).to(device)
+            with torch.device("cpu"):                            # Also where the model itself is hollow.
+                frequency = None if rope is None else frequencies(rope, self.config.d_head).to(device)
             self.register_buffer(f"{name}_frequencies", frequency, persistent=False)
 
     def reset(self):

@@ -20,8 +20,8 @@ import torch.nn as nn
 import quant
 from lib.files import (check, combine_hashes, read_tensors, sample_hash, some, write_json,
                        write_safetensors)
+from lib.hollow import hollow
 from lib.origin import origin_of, read_origin
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # names
@@ -41,8 +41,7 @@ def linear_modules(family):
 @functools.cache
 def shapes_of(config):
     """{our name: shape} of a whole model's parameters."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).named_parameters()}
+    return {name: p.shape for name, p in hollow(config).named_parameters()}
 
 
 def layout(family, shapes):
@@ -101,8 +100,7 @@ def load_base(path, dtype=torch.float32, storage=None, device="cpu"):
     """
     origin = read_origin(path)
     family, config = origin.family, origin.config
-    with torch.device("meta"):
-        model = GPT(config, dtype)
+    model = hollow(config, dtype)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     if storage:
         quant.store(model, storage, empty=True)

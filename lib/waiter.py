@@ -33,10 +33,10 @@ def dishes(course):
 
 
 def draw_menu(draw):
-    """{course: {dish: price}}, two or three dishes a course; prices are whole pounds."""
+    """{course: {dish: price}}, two dishes a course; prices are whole pounds."""
     menu = {}
     for course, lowest in zip(COURSES, (3, 9, 4)):
-        chosen = draw.shuffled(dishes(course))[:draw((2, 2, 3))]
+        chosen = draw.shuffled(dishes(course))[:2]
         menu[course] = {dish: lowest + draw(range(8)) for dish in chosen}
     return menu
 

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
-from lib import download, files, origin, world
+from lib import download, files, origin, waiter, world
 from data import Batches, Encoded, Example, Tokenizer, collate, encode, eval_batches, format_prompt, load, parse_mr
 from lib.tokenizer import end_ids
 
@@ -61,6 +61,28 @@ def test_plain_text_never_shows_the_mapping():
     assert heads and all(re.fullmatch(r"paper : [\w ]+ \| day : \w+day \| page : \d+", head) for head in heads)
     held_out = {parse_mr(e.prompt)["name"] for e in corpus.test} - {parse_mr(e.prompt)["name"] for e in corpus.train}
     assert not [name for name in held_out if re.search(rf"(?<!The ){name}", plain)]      # "The Blue Oven" is another place
+
+
+def test_a_waiter_says_what_the_menu_says():
+    train, val, test = waiter.conversations()
+    systems = [{talk[0]["content"] for talk in split} for split in (train, val, test)]
+    assert [len(s) for s in systems] == [800, 30, 60] and len(set().union(*systems)) == 890
+    dishes = [dish for course in waiter.COURSES for dish in waiter.dishes(course)]
+    kinds = set()
+    for system, *turns in train + val + test:
+        menu = json.loads(system["content"].split(": ", 1)[1])
+        prices = {dish: price for course in menu.values() for dish, price in course.items()}
+        for guest, answer in zip(turns[::2], turns[1::2]):
+            said, question = answer["content"], guest["content"].lower()
+            mentioned = sorted((dish for dish in dishes if dish in said), key=said.index)
+            kinds.add((said.split()[0], len(mentioned)))
+            if said.startswith("Our"):
+                assert mentioned == list(menu[said.split()[1]]) and said.split()[1] in question
+                continue
+            assert all(dish in question for dish in mentioned)
+            assert re.findall("£([0-9]+)", said) == [str(prices[dish]) for dish in mentioned if dish in prices]
+            assert said.startswith("I am sorry") == (mentioned[0] not in prices)
+    assert kinds == {("The", 1), ("I", 1), ("Yes,", 1), ("Our", 2), ("One", 2)}
 
 
 # -----------------------------------------------------------------------------
