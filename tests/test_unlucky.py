@@ -4,7 +4,7 @@ error with exit status 2 and change nothing, within ten seconds of computing and
 
     python -m pytest -q tests/test_unlucky.py              # a share of every kind
     python -m pytest -q tests/test_unlucky.py -m slow      # all of them
-    python tests/test_unlucky.py                           # all of them, and a table by kind
+    PYTHONPATH=. python tests/test_unlucky.py              # all of them, and a table by kind
 """
 
 import json
