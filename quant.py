@@ -513,7 +513,8 @@ class QuantizedTensor:
 
     def tensors(self):
         """name -> tensor, of those there are."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        there = {"packed": self.packed, "absmax": self.absmax, "absmax2": self.absmax2, "offset": self.offset}
+        return {name: tensor for name, tensor in there.items() if tensor is not None}
 
     def to(self, device):
         """The same on another device."""
