@@ -400,9 +400,10 @@ class GPT(nn.Module):
         """Makes the frequencies of the rotary positions, buffers named after the configuration's fields."""
         if self.config.position != "rope":
             return
+        device = device or torch.get_default_device()
         for name in ("rope", "local_rope"):
             rope = getattr(self.config, name)
-            with torch.device("cpu"):                            # Also where the model itself is hollow.
+            with torch.device("cpu"):                            # For "meta" torch would import its compiler, a second.
                 frequency = None if rope is None else frequencies(rope, self.config.d_head).to(device)
             self.register_buffer(f"{name}_frequencies", frequency, persistent=False)
 
