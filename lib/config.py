@@ -82,7 +82,7 @@ class Knobs:
     device: str = "auto"              # auto, cpu, cuda, cuda:1
     dtype: str = "auto"               # of the computation: auto, float32, bfloat16, float16 (with a scaled loss)
     param_dtype: str = "float32"      # or bfloat16: what is trained, its gradients and moments, rounded at random
-    compile: bool = False             # torch.compile the blocks: a minute; faster or not
+    compile: bool = False             # torch.compile the blocks: a minute, and not faster everywhere
     checkpointing: bool = False       # recompute each block in the backward pass
     offload: bool = False             # keep what the backward pass needs in the host's memory (GPU)
     fsdp: bool = False                # divide the frozen base among the processes (torchrun)
