@@ -362,7 +362,7 @@ def finish(run):
     """
     config, folder, progress = run.config, run.folder, run.progress
     adapter = folder / "adapter.pt"
-    trainable = peft.count_parameters(run.model)["trainable"]    # The adapter in the file may have fewer.
+    trainable = peft.count_parameters(run.model)["trainable"]    # fault 47
     peft.load_adapter(run.model, adapter, replace=True)
     if config.base == "new":
         model_folder.write_model(run.model, folder, run.tokenizer)

@@ -18,10 +18,10 @@ import peft
 from lib.checkpoint import shapes_of, unstack
 from lib.checks import BOUNDS, bounded, check, shown, timed, typed
 from lib.files import located, read_json, read_tensors, some
+from lib.hollow import hollow
 from lib.peft_format import (IA3_VECTORS, LORA_SUFFIXES, VERA_SHARED, VERA_SUFFIXES, bias_names, check_prefix,
                              check_single, linear_layers, module_name, peft_name, prefix_names, prompt_scale,
                              scaled_layers, shapes_of_targets, whole_names)
-from model import GPT
 
 # -----------------------------------------------------------------------------
 # what is known
@@ -192,8 +192,7 @@ def check_settings(settings):
 def completed(method, options, tensors, base, weights):
     """The tensors, and those of the method that PEFT left alone, so that they change nothing: zeros of LoRA's kin,
     ones of (IA)3, what the base has of its own."""
-    with torch.device("meta"):
-        model = GPT(base.config)
+    model = hollow(base.config)
     model.base_fingerprint = "none yet"
     peft.apply(model, method, **options)
     whole = dict(tensors)

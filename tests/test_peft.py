@@ -230,7 +230,7 @@ def test_switching_is_quick_and_exact(tmp_path):
         start = time.perf_counter()
         peft.load_adapter(model, adapters[i % 2], replace=True)
         seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.05, seconds                          # The others may have waited for the machine.
+    assert sorted(seconds)[3] < 0.05, seconds
     assert peft.methods(model)["lora"]["rank"] == 8
 
 
