@@ -94,6 +94,7 @@ def test_01_checkpoint_missing(refuse, here):
     assert "run: has no state.pt to resume from" in refuse(*RESUME)
     (here / "run" / "adapter.pt").unlink()
     assert "run/adapter.pt: No such file" in refuse(*SAMPLE)
+    assert "gone.jsonl: No such file" in refuse("evaluate.py", "--results", "gone.jsonl")
 
 
 def test_02_checkpoint_truncated(refuse, here, script):
