@@ -260,15 +260,18 @@ def test_22_paths_that_climb(refuse, here):
     assert "'../model.safetensors' leads out of the folder" in refuse(*TRAIN)
 
 
-def test_23_empty_data(refuse, here):
-    (here / "data.jsonl").write_text("")
-    assert "data.jsonl: the file is empty" in refuse(*TRAIN)
+@pytest.mark.parametrize("name", ["data.jsonl", "data.csv"])
+def test_23_empty_data(refuse, here, name):
+    (here / name).write_text("")
+    assert f"{name}: the file is empty" in refuse(*TRAIN, "--data", name)
 
 
-@pytest.mark.parametrize("content, words", [(b'{"prompt": "a", "completion": "b"}\n\xff\n', "line 2: byte 0xff is not UTF-8"), (b'{"prompt": "a", "completion": "b"}\n{"x"\n', "line 2: not JSON")])
-def test_24_bad_text(refuse, here, content, words):
-    (here / "data.jsonl").write_bytes(content)
-    assert words in refuse(*TRAIN)
+@pytest.mark.parametrize("name, content, words", [("data.jsonl", b'{"prompt": "a", "completion": "b"}\n\xff\n', "line 2: byte 0xff is not UTF-8"),
+                                                  ("data.jsonl", b'{"prompt": "a", "completion": "b"}\n{"x"\n', "line 2: not JSON"),
+                                                  ("data.csv", b"mr,ref\n\xff,text\n", "line 2: byte 0xff is not UTF-8")])
+def test_24_bad_text(refuse, here, name, content, words):
+    (here / name).write_bytes(content)
+    assert words in refuse(*TRAIN, "--data", name)
 
 
 def test_25_token_beyond_the_vocabulary(refuse, here):
