@@ -9,10 +9,9 @@ Where the bytes go, before the run and without the GPU.
     python memory.py --model gpt2-xl --fit 16GB --grow seq           # the longest sequence
     python memory.py --table                               # the README's
 
-The simulation runs the very step that train.py runs, on fake tensors that have shapes and no storage, and
-counts live storage at every operation. On the device "cuda" sizes are rounded as its caching allocator
-does, and the attention is torch's flash kernel for a CPU, which keeps the same tensors as the GPU's (the
-`meta` device would take the unfused path instead).
+The simulation runs the very step that train.py runs, on tensors of torch's device "meta", which have shapes and
+no content, and counts live storage at every operation. On the device "cuda" sizes are rounded as its caching
+allocator does, and the attention is torch's flash kernel for a CPU, which keeps the same tensors as the GPU's.
 """
 
 import argparse
@@ -86,7 +85,6 @@ if __name__ == "__main__":      # --help and mistakes answer here, before torch 
     ARGS = run_main(parse, sys.argv[1:])
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -158,7 +156,7 @@ def part_of_weight(scheme):
 
 class Tracker(TorchDispatchMode):
     """
-    Counts live storage at every operation, real or fake: with Tracker(model, optimizer) as tracker: step(..);
+    Counts live storage at every operation, real or simulated: with Tracker(model, optimizer) as tracker: step(..);
     tracker.report().
 
     A storage is counted from the operation that returns it to its last reference. What it is for is where it
@@ -216,6 +214,9 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
+        if kernels.simulating() and self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
+            y, *statistics = result                              # On "meta" their type is a GPU's.
+            result = y, *(t.to(y.dtype) for t in statistics)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf, *self.running[-1])
@@ -374,7 +375,7 @@ def stretched(layers, n_layer, P, times):
 # the simulation
 
 
-def fake_model(config, method, dtype, storage, options, param_dtype="float32"):
+def simulated_model(config, method, dtype, storage, options, param_dtype="float32"):
     """A GPT as load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     with NothingDrawn():
         model = GPT(config, dtype).requires_grad_(False)
@@ -389,11 +390,10 @@ def fake_model(config, method, dtype, storage, options, param_dtype="float32"):
 
 
 def make_states(model, optimizer):
-    """Makes the optimizer's states, as the first step of a run does."""
+    """Makes the optimizer's states, as the first step of a run does (torch's own asks for a device that it knows)."""
     for p in model.parameters():
-        p.grad = torch.empty_like(p) if p.requires_grad else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+        if p.requires_grad:
+            optimizer.state[p] = run.new_state(optimizer, p)
 
 
 def simulated_offload(model):
@@ -403,7 +403,7 @@ def simulated_offload(model):
     def pack(t):
         if t.untyped_storage()._cdata in own:
             return t
-        return functools.partial(torch.empty, t.shape, dtype=t.dtype)
+        return functools.partial(torch.empty, t.shape, dtype=t.dtype, device=t.device)
 
     def unpack(saved):
         return saved if isinstance(saved, torch.Tensor) else saved()
@@ -433,8 +433,8 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     knobs = Config(optimizer=optimizer, param_dtype=param_dtype)
 
     def track(config):
-        with FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
-            model = fake_model(config, method, dtype, storage, options, param_dtype)
+        with torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+            model = simulated_model(config, method, dtype, storage, options, param_dtype)
             return tracked_step(model, knobs, batch, seq, device, *settings)
 
     report = report_by_few_blocks(track, config, method, storage)
@@ -452,7 +452,7 @@ def with_constants(report, device, n_threads):
 
 def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, grad_clip, smoothing,
                  offload, packed):
-    """A Tracker of one step of a fake model; the arguments are simulate's. knobs: a Config with the optimizer's."""
+    """A Tracker of one step of a simulated model; the arguments are simulate's. knobs: a Config with the optimizer's."""
     model.checkpointing = checkpointing
     optimizer = run.make_optimizer(model.train(), knobs)
     make_states(model, optimizer)
@@ -482,8 +482,8 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
     storage = storage or peft.default_storage(method)
 
     def track(config):
-        with torch.no_grad(), FakeTensorMode(), kernels.simulated_device(device), quant.simulated():
-            model = fake_model(config, method, dtype, storage, options, param_dtype).eval()
+        with torch.no_grad(), torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+            model = simulated_model(config, method, dtype, storage, options, param_dtype).eval()
             with Tracker(model, device=device, outside="copies of the layers") as tracker:
                 cache = Cache(config.n_layer, seq)
                 with ready_layers(model, batch):

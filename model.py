@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from lib import generation, presets
 from lib.checks import SHAPE, bounded
 from lib.kernels import (CausalAttention, accurate, attention_of_one, causal_mask, cross_entropy, device_type,
-                         rms_norm, simulating)
+                         rms_norm, simulated_attention, simulating)
 from lib.rope import Rope, frequencies, rotate
 
 # -----------------------------------------------------------------------------
@@ -289,6 +289,8 @@ class Attention(nn.Module):
         if groups > 1 and T > 1 and not shares_keys and device_type(q) != "cpu":
             # A GPU's kernels for masks, or for float32, want as many keys as queries; others make all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+        if simulating():
+            return simulated_attention(q, k, v, mask)
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
 

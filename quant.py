@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.kernels import device_type, representatives, simulating
+from lib.kernels import device_type, representatives, seeded_generator, simulating
 
 # -----------------------------------------------------------------------------
 # codes
@@ -127,7 +127,7 @@ def _table(make, code, device):
 
 @contextmanager
 def simulated():
-    """Within it the tables are fake tensors, made anew, and none of them is left afterwards (memory.py)."""
+    """Within it the tables have no content, are made anew, and none of them is left afterwards (memory.py)."""
     _kept_table.cache_clear()
     try:
         yield
@@ -136,11 +136,11 @@ def simulated():
 
 
 def _levels(code):
-    return torch.tensor(code.levels)
+    return torch.tensor(code.levels, device="cpu")
 
 
 def _order(code):
-    return torch.tensor(code.order, dtype=torch.uint8)
+    return torch.tensor(code.order, dtype=torch.uint8, device="cpu")
 
 
 def _boundaries(code):
@@ -676,7 +676,7 @@ def _dropout_mask(rows, width, p, seed):
     """m (N, width) for rows (N, ..), drawn from the seed: 0 with probability p, else 1 / (1 - p). None without a seed."""
     if seed is None:
         return None
-    generator = torch.Generator(rows.device).manual_seed(seed)
+    generator = seeded_generator(rows.device, seed)
     mask = rows.new_empty(len(rows), width)
     return mask.bernoulli_(1 - p, generator=generator).div_(1 - p)
 

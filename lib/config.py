@@ -12,6 +12,7 @@ function in peft.py. Either is one line: name, default, and a comment that is it
 import ast
 import dataclasses
 import difflib
+import gc
 import json
 import os
 import re
@@ -386,6 +387,7 @@ def run_main(main, *args):
     of memory; NANOPEFT_DEBUG=1 shows the traceback.
     """
     script = Path(sys.argv[0]).name
+    gc.freeze()                      # What is imported stays: looking for garbage in torch takes half a second.
     sys.stdout.reconfigure(errors="backslashreplace")            # A terminal may not know every character.
     try:
         return main(*args)
@@ -405,3 +407,5 @@ def run_main(main, *args):
     except KeyboardInterrupt:
         print(f"{script}: interrupted", file=sys.stderr)
         sys.exit(130)
+    finally:
+        gc.freeze()                                              # Python looks once more before it ends.

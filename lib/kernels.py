@@ -33,8 +33,8 @@ def simulating():
 @contextmanager
 def simulated_device(kind):
     """
-    Within it every tensor takes the path of a "cpu" or "cuda" device (memory.py, whose fake tensors lie
-    nowhere).
+    Within it every tensor takes the path of a "cpu" or "cuda" device (memory.py, whose tensors lie on
+    "meta").
     """
     global _simulated_device
     before, _simulated_device = _simulated_device, kind
@@ -42,6 +42,11 @@ def simulated_device(kind):
         yield
     finally:
         _simulated_device = before
+
+
+def seeded_generator(device, seed):
+    """A generator of random numbers; None in a simulation, where there are no numbers."""
+    return None if simulating() else torch.Generator(device).manual_seed(seed)
 
 
 # -----------------------------------------------------------------------------
@@ -197,6 +202,18 @@ def attention_of_one(q, k, v, mask):
     scores = (q_shared * d**-0.5) @ k.mT
     scores.masked_fill_(~mask, -torch.inf)
     return (scores.softmax(-1) @ v).view(q.shape)
+
+
+def simulated_attention(q, k, v, mask):
+    """
+    F.scaled_dot_product_attention without content: torch's flash kernel for a CPU, which keeps the same tensors as
+    a GPU's; "meta" would take the unfused path. mask: bool, or None for causal.
+    """
+    bias = None
+    if mask is not None:
+        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(q, k, v, is_causal=mask is None, attn_mask=bias)[0]
 
 
 def by_shared_keys(q, k, v):

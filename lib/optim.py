@@ -10,7 +10,7 @@ with a loss of 0.655 so, of 0.684 with rounding to the nearest, of 0.654 in floa
 import torch
 
 import quant
-from lib.kernels import device_type, representatives, simulating
+from lib.kernels import device_type, representatives, seeded_generator, simulating
 
 SMALL = 4096                                     # the moments of a tensor with fewer numbers stay in float32
 PART = {"cpu": 2**19, "cuda": 2**25}             # numbers that are worked on at a time, whole blocks
@@ -60,7 +60,7 @@ class AdamW(torch.optim.Optimizer):
         state = self.state[w]
         state["step"] += 1
         t = 1 if simulating() else int(state["step"])
-        noise = torch.Generator(w.device).manual_seed(t * 2**20 + index)
+        noise = seeded_generator(w.device, t * 2**20 + index)
         tensors = state | {"w": w}
         gradient = w.grad.reshape(-1)
         length = PART[device_type(w)]

@@ -106,6 +106,14 @@ def make_optimizer(model, config):
     return AdamW(groups, eight_bit=config.optimizer == "adamw8bit", **settings)
 
 
+def new_state(optimizer, parameter):
+    """{name: tensor} of what the optimizer keeps of a parameter, before the first step."""
+    if isinstance(optimizer, AdamW):
+        return optimizer.new_state(parameter)
+    moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+    return {"step": torch.zeros(()), **moments}
+
+
 def make_scaler(dtype, device_type):
     """
     What scales the loss of a step in float16, whose gradients would else be rounded to zero: by a factor that is
@@ -754,7 +762,5 @@ def fits(optimizer, state):
 
 def are_moments(part, parameter, optimizer):
     """Whether a part of a state is what the optimizer keeps of that parameter."""
-    wanted = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-    if isinstance(optimizer, AdamW):
-        wanted = optimizer.new_state(parameter)
+    wanted = new_state(optimizer, parameter)
     return isinstance(part, dict) and all(is_like(part.get(name), own) for name, own in wanted.items())

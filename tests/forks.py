@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2        # workers share the machine
-OURS = "torch._dynamo", "evaluate", "hub", "memory", "sample", "train"         # (the first by fake tensors)
+OURS = "torch._dynamo", "evaluate", "hub", "memory", "sample", "train"         # (the first by optimizers)
 PEERS = "transformers.models.gpt2.modeling_gpt2", "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt", "peft", "bitsandbytes"
 
 

@@ -452,7 +452,7 @@ def filled_model(config, method, gpu):
     """What memory.py simulates, with numbers in it."""
     gc.collect()
     with gpu:
-        model = memory.fake_model(config, method, torch.bfloat16, peft.default_storage(method), {})
+        model = memory.simulated_model(config, method, torch.bfloat16, peft.default_storage(method), {})
     for t in (*model.parameters(), *model.buffers()):
         if t.is_floating_point():
             t.data.normal_(std=0.02)

@@ -41,7 +41,7 @@ def forget_tables():
 def counted(config, method, batch, seq, dtype, storage, checkpointing, accumulation, options, knobs):
     """The peak of a real step, its second, counted over real tensors on a CPU."""
     forget_tables()
-    model = memory.fake_model(config, method, dtype, storage or peft.default_storage(method), options, knobs.param_dtype)     # real here: no fake mode
+    model = memory.simulated_model(config, method, dtype, storage or peft.default_storage(method), options, knobs.param_dtype)     # real here: not on meta
     with torch.no_grad():
         for t in (*model.parameters(), *model.buffers()):
             t.zero_() if not t.is_floating_point() else t.fill_(0.01)

@@ -307,7 +307,7 @@ def test_tables_made_in_inference_mode_serve_training():
     torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(3, 64))
 
 
-def test_a_simulation_leaves_no_fake_table():
+def test_a_simulation_leaves_no_table_without_content():
     q = quantize(torch.randn(64, 64), "nf4", double=True)
     before = q.dequantize()
     memory.simulate(tiny("gpt2"), "qlora", 1, 8, device="cpu")
