@@ -211,7 +211,7 @@ def simulated_attention(q, k, v, mask):
     """
     bias = None
     if mask is not None:
-        bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        bias = torch.where(mask, q.new_zeros(()), q.new_full((), -torch.inf))
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     return flash(q, k, v, is_causal=mask is None, attn_mask=bias)[0]
 
