@@ -29,8 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import generation, presets
 from lib.checks import SHAPE, bounded
-from lib.kernels import (CausalAttention, accurate, attention_of_one, causal_mask, cross_entropy, device_type,
-                         rms_norm, simulated_attention, simulating)
+from lib.kernels import (
+    accurate, attention_of_one, causal_attention, causal_mask, cross_entropy, device_type, rms_norm,
+    simulated_attention, simulating)
 from lib.rope import Rope, frequencies, rotate
 
 # -----------------------------------------------------------------------------
@@ -278,8 +279,10 @@ class Attention(nn.Module):
         T, S = q.size(2), k.size(2)
         if isinstance(mask, list):
             return self.attend_apart(q, k, v, mask)
-        if mask is None and device_type(q) == "cpu" and not torch.compiler.is_compiling():
-            return CausalAttention.apply(q, k, v, self.window)
+        # In float32 torch's kernel is faster for short sequences, and can be compiled along.
+        traced = torch.compiler.is_compiling() and q.dtype == torch.float32
+        if mask is None and device_type(q) == "cpu" and not traced:
+            return causal_attention(q, k, v, self.window)
         if mask is not None and T == 1 and device_type(q) == "cpu" and q.dtype == torch.float32:
             return attention_of_one(q, k, v, mask)
         if mask is None and (S > T or 0 < self.window < T):

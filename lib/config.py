@@ -387,7 +387,7 @@ def run_main(main, *args):
     of memory; NANOPEFT_DEBUG=1 shows the traceback.
     """
     script = Path(sys.argv[0]).name
-    gc.freeze()                      # What is imported stays: looking for garbage in torch takes half a second.
+    gc.freeze()             # What is imported stays: to look for garbage in it takes torch half a second.
     sys.stdout.reconfigure(errors="backslashreplace")            # A terminal may not know every character.
     try:
         return main(*args)

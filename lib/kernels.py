@@ -126,13 +126,14 @@ def rms_normed(x, w, eps):
     """y and r, (.., 1), of RMSNorm."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=accurate(x.dtype))
     r = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
-    if w.dtype == x.dtype:
-        return (x * r).to(x.dtype).mul_(w), r
-    return (x * r).mul_(w).to(x.dtype), r
+    return (x * r).to(w.dtype).mul_(w).to(x.dtype), r
 
 
 def rms_norm(x, w, eps):
     """RMSNorm of x (.., C) with a weight w (C,)."""
+    if torch.compiler.is_compiling():                            # A compiler differentiates and fuses by itself.
+        r = (x.to(accurate(x.dtype)).square().mean(-1, keepdim=True) + eps).rsqrt()
+        return ((x * r).to(w.dtype) * w).to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, w, eps)
     return rms_normed(x, w, eps)[0]                              # The Function's own cost is the norm's.
@@ -155,40 +156,94 @@ class CausalAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, window=0):
-        """
-        q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim); the first S - T keys are seen by
-        all. window: how many of the other keys a query sees at most, its own included; 0 for all before it.
-        Returns O like q.
-        """
+    def forward(ctx, q, k, v, window):
         ctx.save_for_backward(q, k, v)
         ctx.window = window
-        y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        q, k, v = by_shared_keys(q, k, v)
-        for queries, keys, p, (_, _, v, o) in tiles(window, q, k, v, y.view(q.shape)):
-            o[:, :, queries] = (p @ v[:, keys]).view_as(o[:, :, queries])
-        return y
+        return attention_output(q, k, v, window)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g):
-        saved = ctx.saved_tensors
-        q, k, v = by_shared_keys(*saved)
-        scale = q.size(-1) ** -0.5
-        dq_all = torch.empty_like(q)
-        dk_all = torch.zeros_like(k, dtype=accurate(k.dtype))
-        dv_all = torch.zeros_like(v, dtype=accurate(v.dtype))
-        do_all = g.reshape(q.shape)
-        for queries, keys, p, heads in tiles(ctx.window, q, k, v, do_all, dq_all, dk_all, dv_all):
-            q, k, v, do, dq, dk, dv = heads
-            q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
-            dv[:, keys] += p.mT @ do
-            ds = torch._softmax_backward_data(do @ v[:, keys].mT, p, -1, p.dtype)
-            dq[:, :, queries] = (ds @ k[:, keys]).mul_(scale).view_as(dq[:, :, queries])
-            dk[:, keys] += ds.mT @ q
-        dk_all.mul_(scale)
-        gradients = (d.to(t.dtype).view(t.shape) for d, t in zip((dq_all, dk_all, dv_all), saved))
-        return *gradients, None
+        return *attention_gradients(g, *ctx.saved_tensors, ctx.window), None
+
+
+def causal_attention(q, k, v, window=0):
+    """
+    q (B, n_head, T, head_dim), k and v (B, n_kv_head, S, head_dim); the first S - T keys are seen by all.
+    window: how many of the other keys a query sees at most, its own included; 0 for all before it. Returns
+    O like q; see CausalAttention.
+    """
+    if torch.compiler.is_compiling():
+        return traced_attention(q, k, v, window)
+    return CausalAttention.apply(q, k, v, window)
+
+
+def attention_output(q, k, v, window):
+    """O of CausalAttention."""
+    y = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    q, k, v = by_shared_keys(q, k, v)
+    for queries, keys, p, (_, _, v, o) in tiles(window, q, k, v, y.view(q.shape)):
+        o[:, :, queries] = (p @ v[:, keys]).view_as(o[:, :, queries])
+    return y
+
+
+def attention_gradients(g, *saved):
+    """dQ, dK and dV of CausalAttention from g = dO and q, k, v, window."""
+    *saved, window = saved
+    q, k, v = by_shared_keys(*saved)
+    scale = q.size(-1) ** -0.5
+    dq_all = torch.empty_like(q)
+    dk_all = torch.zeros_like(k, dtype=accurate(k.dtype))
+    dv_all = torch.zeros_like(v, dtype=accurate(v.dtype))
+    do_all = g.reshape(q.shape)
+    for queries, keys, p, heads in tiles(window, q, k, v, do_all, dq_all, dk_all, dv_all):
+        q, k, v, do, dq, dk, dv = heads
+        q, do = q[:, :, queries].flatten(1, 2), do[:, :, queries].flatten(1, 2)
+        dv[:, keys] += p.mT @ do
+        ds = torch._softmax_backward_data(do @ v[:, keys].mT, p, -1, p.dtype)
+        dq[:, :, queries] = (ds @ k[:, keys]).mul_(scale).view_as(dq[:, :, queries])
+        dk[:, keys] += ds.mT @ q
+    dk_all.mul_(scale)
+    return tuple(d.to(t.dtype).view(t.shape) for d, t in zip((dq_all, dk_all, dv_all), saved))
+
+
+# For a compiler, which would trace every tile, both passes are operators.
+
+
+@torch.library.custom_op("nanopeft::attention", mutates_args=())
+def traced_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """causal_attention in traced code."""
+    return attention_output(q, k, v, window)
+
+
+@traced_attention.register_fake
+def _(q, k, v, window):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@torch.library.custom_op("nanopeft::attention_gradients", mutates_args=())
+def traced_gradients(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+                     window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """attention_gradients in traced code, contiguous."""
+    dq, dk, dv = attention_gradients(g, q, k, v, window)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+@traced_gradients.register_fake
+def _(g, q, k, v, window):
+    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+
+
+def _save_attention(ctx, inputs, output):
+    *tensors, ctx.window = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_backward(ctx, g):
+    return *traced_gradients(g, *ctx.saved_tensors, ctx.window), None
+
+
+traced_attention.register_autograd(_attention_backward, setup_context=_save_attention)
 
 
 def attention_of_one(q, k, v, mask):

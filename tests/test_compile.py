@@ -42,10 +42,10 @@ def makes_sense(method, storage, dropout, checkpointing):
 MATRIX = [cell for cell in product(METHODS, STORAGES, (False, True), (False, True)) if makes_sense(*cell)]
 
 
-def built(method, storage, dropout, checkpointing, family="gpt2", n_layer=2):
+def built(method, storage, dropout, checkpointing, family="gpt2", n_layer=2, dtype=torch.float32):
     """A model whose adapters do something, for training."""
     torch.manual_seed(0)
-    model = GPT(tiny(family, n_layer=n_layer)).requires_grad_(False)
+    model = GPT(tiny(family, n_layer=n_layer), dtype).requires_grad_(False)
     if STORAGES[storage]:
         quant.store(model, STORAGES[storage])
     model.to(DEVICE)
@@ -102,6 +102,13 @@ def traced(monkeypatch):
 def test_equal_losses_and_gradients(traced, cell):
     """Of methods with which all blocks are alike, because every block's input has a gradient."""
     check_equal(built(*cell), [(3, 20), (2, 17), (4, 26)], 1)
+
+
+@pytest.mark.parametrize("family, method", [("llama", "lora+embed"), ("gemma3", "prefix+embed")])
+def test_attention_as_an_operator(traced, family, method):
+    """It is one on a CPU but in float32: here in float64, with shared keys, windows, and keys that all queries see and that pass a norm."""
+    model = built(method, "nf4", False, False, family, dtype=torch.float64)
+    check_equal(model, [(3, 20), (2, 17), (4, 26), (1, 26), (1, 14)], 4)
 
 
 @pytest.mark.slow

@@ -146,14 +146,15 @@ def test_rms_norm():
 @pytest.mark.parametrize("B, H, K, T, S", [(2, 4, 4, 128, 128), (2, 6, 2, 300, 300), (1, 3, 1, 129, 150), (3, 2, 2, 1, 7), (2, 2, 1, 257, 257)])
 @pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-14), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("window", [0, 1, 50, 128, 200])
-def test_attention_in_parts(B, H, K, T, S, dtype, bound, window, monkeypatch):
+@pytest.mark.parametrize("attention", [kernels.causal_attention, kernels.traced_attention])
+def test_attention_in_parts(B, H, K, T, S, dtype, bound, window, attention, monkeypatch):
     """Heads that share keys, parts of queries and of heads, keys before the queries' own, windows: against the softmax written out
     in float64."""
     monkeypatch.setattr(kernels, "cache_chunks", lambda rows, width: rows.split(3))
     torch.manual_seed(0)
     q, k, v = (torch.randn(B, t, h, 8, dtype=dtype).transpose(1, 2).requires_grad_() for t, h in ((T, H), (S, K), (S, K)))
     g = torch.randn(B, H, T, 8, dtype=dtype)
-    y = kernels.CausalAttention.apply(q, k, v, window)
+    y = attention(q, k, v, window)
     double = [t.detach().double().requires_grad_() for t in (q, k, v)]
     Q, (K_, V_) = double[0], (t.repeat_interleave(H // K, 1) for t in double[1:])
     seen = torch.zeros(T, S, dtype=torch.bool)
