@@ -283,7 +283,7 @@ class Attention(nn.Module):
         traced = torch.compiler.is_compiling() and q.dtype == torch.float32
         if mask is None and device_type(q) == "cpu" and not traced:
             return causal_attention(q, k, v, self.window)
-        if mask is not None and T == 1 and device_type(q) == "cpu" and q.dtype == torch.float32:
+        if mask is not None and T == 1 and device_type(q) == "cpu":
             return attention_of_one(q, k, v, mask)
         if mask is None and (S > T or 0 < self.window < T):
             mask = causal_mask(T, S, self.window, q.device)

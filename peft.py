@@ -133,10 +133,14 @@ def low_rank_linear(base, x, A, B, s, dropout, training):
     """W_0 x + b + s B A dropout(x), where W_0 (out, in) and b (out,) are a linear layer's. x (..., in) -> (..., out)."""
     stored = isinstance(base, quant.QuantLinear)
     weight = base.weight_q if stored else base.weight
-    if stored or not weight.requires_grad:
+    is_packed = weight is None                                         # for generation
+    is_trained = not stored and not is_packed and weight.requires_grad       # by full or top
+    if not is_packed and not is_trained:
         return quant.lora_linear(x, weight, base.bias, A, B, s, dropout, training)
-    low = F.linear(F.dropout(x, dropout, training), A.to(x.dtype))     # full or top trains W_0 as well
-    return base(x) + s * F.linear(low, B.to(x.dtype))
+    y = base(x)
+    x = F.dropout(x, dropout, training)
+    u = F.linear(x, A.to(x.dtype))
+    return y.add(F.linear(u, B.to(x.dtype)), alpha=s)
 
 
 def add_lora(
@@ -803,9 +807,9 @@ def merged_weight(layer):
     """weight (out, in) and bias (out,) or None, float32, of a linear layer with its wrappers, of which the inner acts first."""
     if isinstance(layer, LinearWrapper):
         return layer.merged(*merged_weight(layer.base))
-    stored = isinstance(layer, quant.QuantLinear)
-    weight = layer.dequantize(torch.float32) if stored else layer.weight.float()
-    return weight, None if layer.bias is None else layer.bias.float()
+    if isinstance(layer, quant.QuantLinear):
+        return layer.dequantize(torch.float32), None if layer.bias is None else layer.bias.float()
+    return layer.dense(torch.float32)
 
 
 def change_of_logits(model, wrapped, merged):

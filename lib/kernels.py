@@ -131,9 +131,11 @@ def rms_normed(x, w, eps):
 
 def rms_norm(x, w, eps):
     """RMSNorm of x (.., C) with a weight w (C,)."""
-    if torch.compiler.is_compiling():                            # A compiler differentiates and fuses by itself.
-        r = (x.to(accurate(x.dtype)).square().mean(-1, keepdim=True) + eps).rsqrt()
-        return ((x * r).to(w.dtype) * w).to(x.dtype)
+    if torch.compiler.is_compiling():                            # It differentiates and fuses by itself.
+        square = x.to(accurate(x.dtype)).square()
+        r = (square.mean(-1, keepdim=True) + eps).rsqrt()
+        y = (x * r).to(w.dtype) * w
+        return y.to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, w, eps)
     return rms_normed(x, w, eps)[0]                              # The Function's own cost is the norm's.
@@ -218,7 +220,7 @@ def traced_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: 
 
 @traced_attention.register_fake
 def _(q, k, v, window):
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("nanopeft::attention_gradients", mutates_args=())
@@ -226,12 +228,15 @@ def traced_gradients(g: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
                      window: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """attention_gradients in traced code, contiguous."""
     dq, dk, dv = attention_gradients(g, q, k, v, window)
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+    dq = dq.contiguous()
+    dk = dk.contiguous()
+    dv = dv.contiguous()
+    return dq, dk, dv
 
 
 @traced_gradients.register_fake
 def _(g, q, k, v, window):
-    return tuple(torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def _save_attention(ctx, inputs, output):
@@ -250,13 +255,15 @@ def attention_of_one(q, k, v, mask):
     """
     softmax(q k^T / sqrt(d)) v of one query a sequence, q (B, n_head, 1, d), k and v (B, n_kv_head, S, d), mask
     bool (B or 1, 1, 1, S). On a CPU it takes a third of the time of torch's kernel, which is made for many
-    queries.
+    queries. All is computed in float32.
     """
     n_kv_head, d = k.shape[1:4:2]
     q_shared = q.unflatten(1, (n_kv_head, -1)).squeeze(3)        # (B, n_kv_head, G, d)
-    scores = (q_shared * d**-0.5) @ k.mT
+    exact = accurate(q.dtype)
+    scores = (q_shared.to(exact) * d**-0.5) @ k.to(exact).mT
     scores.masked_fill_(~mask, -torch.inf)
-    return (scores.softmax(-1) @ v).view(q.shape)
+    y = scores.softmax(-1) @ v.to(exact)
+    return y.to(q.dtype).view(q.shape)
 
 
 def simulated_attention(q, k, v, mask):

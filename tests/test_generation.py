@@ -63,15 +63,26 @@ def test_every_family_generates_the_same(family, monkeypatch):
     assert fast == slow
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", peft.METHODS)
+def test_a_narrow_type_errs_no_more(method, rows):
+    """In bfloat16, where layers lie packed, against what float32 computes."""
+    family = "gpt2" if method == "bitfit" else "llama"
+    storage = None if method in ("full", "top") else quant.Storage("nf4")
+    tokens = torch.tensor(PROMPTS[:1])
+    model = build(method, family, torch.bfloat16, storage)
+    with torch.no_grad():
+        exact, plain = build(method, family, torch.float32, storage)(tokens)[0], model(tokens)[0]
+        with ready_layers(model, rows):
+            ready = model(tokens)[0]
+    assert (ready - exact).norm() < 1.3 * (plain - exact).norm()
+
+
 def test_a_narrow_type_keeps_its_adapter_beside_the_dense_layer():
     model = build("lora", dtype=torch.bfloat16, storage=quant.Storage("nf4"))
     q = model.blocks[0].attn.q
-    tokens = torch.tensor(PROMPTS[:1])
-    with torch.no_grad():
-        expected = model(tokens)[0]
-        with ready_layers(model, 1):
-            assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
-            assert torch.equal(model(tokens)[0], expected)
+    with ready_layers(model, 1):
+        assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
     assert isinstance(q.base, quant.QuantLinear)
 
 
