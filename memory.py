@@ -25,7 +25,7 @@ import re
 import sys
 import weakref
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from lib import presets
@@ -375,6 +375,14 @@ def stretched(layers, n_layer, P, times):
 # the simulation
 
 
+@contextmanager
+def simulation(device):
+    """Within it tensors have no content and take the path of a "cpu" or "cuda" device."""
+    import torch._dynamo        # Torch's optimizers import it; within, torch 2.6 fails to.
+    with torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+        yield
+
+
 def simulated_model(config, method, dtype, storage, options, param_dtype="float32"):
     """A GPT as load_base leaves it and peft.apply changes it, of whatever tensors the current mode makes."""
     with NothingDrawn():
@@ -433,7 +441,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     knobs = Config(optimizer=optimizer, param_dtype=param_dtype)
 
     def track(config):
-        with torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+        with simulation(device):
             model = simulated_model(config, method, dtype, storage, options, param_dtype)
             return tracked_step(model, knobs, batch, seq, device, *settings)
 
@@ -482,7 +490,7 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
     storage = storage or peft.default_storage(method)
 
     def track(config):
-        with torch.no_grad(), torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+        with torch.no_grad(), simulation(device):
             model = simulated_model(config, method, dtype, storage, options, param_dtype).eval()
             with Tracker(model, device=device, outside="copies of the layers") as tracker:
                 cache = Cache(config.n_layer, seq)

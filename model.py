@@ -405,7 +405,7 @@ class GPT(nn.Module):
         """Makes the frequencies of the rotary positions, buffers named after the configuration's fields."""
         if self.config.position != "rope":
             return
-        device = device or torch.get_default_device()
+        device = device or self.embed.tokens.weight.device
         for name in ("rope", "local_rope"):
             rope = getattr(self.config, name)
             with torch.device("cpu"):                            # For "meta" torch would import its compiler, a second.

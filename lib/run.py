@@ -762,5 +762,5 @@ def fits(optimizer, state):
 
 def are_moments(part, parameter, optimizer):
     """Whether a part of a state is what the optimizer keeps of that parameter."""
-    wanted = new_state(optimizer, parameter)
+    wanted = new_state(optimizer, parameter.detach().to("meta"))         # Their shapes need no memory.
     return isinstance(part, dict) and all(is_like(part.get(name), own) for name, own in wanted.items())
