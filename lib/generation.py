@@ -102,6 +102,7 @@ class ReadyLinear(nn.Module):
     def forward(self, x):
         if self.packed is None:
             return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.packed.dtype)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def dense(self, dtype):
@@ -112,8 +113,11 @@ class ReadyLinear(nn.Module):
 
 def has_better_place(weight):
     """Whether products of few rows are faster where the weight is laid out anew."""
-    packs_bfloat16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return device_type(weight) == "cpu" and (packs_bfloat16 or weight.dtype == torch.float32)
+    if device_type(weight) != "cpu":
+        return False
+    if weight.dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32
 
 
 def places(module, dtype):
