@@ -490,20 +490,27 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
     storage = storage or peft.default_storage(method)
 
     def track(config):
-        with torch.no_grad(), simulation(device):
-            model = simulated_model(config, method, dtype, storage, options, param_dtype).eval()
-            with Tracker(model, device=device, outside="copies of the layers") as tracker:
-                cache = Cache(config.n_layer, seq)
-                with ready_layers(model, batch):
-                    tracker.running.append(("temporaries", ""))  # Outside of modules it was copies until here.
-                    for n_tokens in (seq - 1, 1):
-                        x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
-                        model.head(x[:, -1]).argmax(-1)
-            return tracker
+        with simulation(device):
+            model = simulated_model(config, method, dtype, storage, options, param_dtype)
+            return tracked_generation(model, batch, seq, device)
 
     report = report_by_few_blocks(track, config, method, storage)
     with_constants(report, device, n_threads=1)
     return {"peak": report["peak"], "parts": report["parts"]}
+
+
+@torch.no_grad()
+def tracked_generation(model, batch, seq, device):
+    """A Tracker of the first token after seq - 1 of them in each of batch rows, and of the next one."""
+    model.eval()
+    with Tracker(model, device=device, outside="copies of the layers") as tracker:
+        cache = Cache(model.config.n_layer, seq)
+        with ready_layers(model, batch):
+            tracker.running.append(("temporaries", ""))          # Outside of modules it was copies until here.
+            for n_tokens in (seq - 1, 1):
+                x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
+                model.head(x[:, -1]).argmax(-1)
+    return tracker
 
 
 def preset(name):

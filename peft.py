@@ -133,14 +133,15 @@ def low_rank_linear(base, x, A, B, s, dropout, training):
     """W_0 x + b + s B A dropout(x), where W_0 (out, in) and b (out,) are a linear layer's. x (..., in) -> (..., out)."""
     stored = isinstance(base, quant.QuantLinear)
     weight = base.weight_q if stored else base.weight
-    is_packed = weight is None                                         # for generation
-    is_trained = not stored and not is_packed and weight.requires_grad       # by full or top
-    if not is_packed and not is_trained:
+    if weight is None:                                                 # It lies packed, for generation.
+        y = base(x)
+        u = F.linear(x, A.to(x.dtype))
+        y.flatten(0, -2).addmm_(u.flatten(0, -2), B.to(x.dtype).T, alpha=s)      # as in quant.LoRALinear
+        return y
+    if stored or not weight.requires_grad:
         return quant.lora_linear(x, weight, base.bias, A, B, s, dropout, training)
-    y = base(x)
-    x = F.dropout(x, dropout, training)
-    u = F.linear(x, A.to(x.dtype))
-    return y.add(F.linear(u, B.to(x.dtype)), alpha=s)
+    low = F.linear(F.dropout(x, dropout, training), A.to(x.dtype))     # full or top trains W_0 as well
+    return base(x) + s * F.linear(low, B.to(x.dtype))
 
 
 def add_lora(

@@ -77,7 +77,7 @@ class Cache:
 # Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an EPYC with AVX512-BF16:
 #
 #                         from rows    from columns    packed by oneDNN
-#   float32     1 row     9.4          4.7             4.5 (with AVX2 alone twice the columns' time)
+#   float32     1 row     9.4          4.7             4.5 (with AVX2 alone 1.7 times the columns' time)
 #   float32     32 rows   23.6         26.7            9.8
 #   bfloat16    1 row     3.9          6.0             2.3
 #   bfloat16    32 rows   12.7         13.4            9.2

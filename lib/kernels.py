@@ -189,9 +189,9 @@ def attention_output(q, k, v, window):
     return y
 
 
-def attention_gradients(g, *saved):
-    """dQ, dK and dV of CausalAttention from g = dO and q, k, v, window."""
-    *saved, window = saved
+def attention_gradients(g, q, k, v, window):
+    """dQ, dK and dV of CausalAttention; g = dO."""
+    saved = q, k, v
     q, k, v = by_shared_keys(*saved)
     scale = q.size(-1) ** -0.5
     dq_all = torch.empty_like(q)

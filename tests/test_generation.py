@@ -81,8 +81,12 @@ def test_a_narrow_type_errs_no_more(method, rows):
 def test_a_narrow_type_keeps_its_adapter_beside_the_dense_layer():
     model = build("lora", dtype=torch.bfloat16, storage=quant.Storage("nf4"))
     q = model.blocks[0].attn.q
-    with ready_layers(model, 1):
-        assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
+    tokens = torch.tensor(PROMPTS[:1])
+    with torch.no_grad():
+        expected = model(tokens)[0]
+        with ready_layers(model, 1):
+            assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
+            assert torch.equal(model(tokens)[0], expected)
     assert isinstance(q.base, quant.QuantLinear)
 
 

@@ -18,7 +18,6 @@ from memory import Tracker, estimate, max_batch, parse_size, simulate
 from model import GPT, PRESETS
 from lib import checkpoint, machine, run
 from lib.config import Config
-from lib.generation import Cache, ready_layers
 
 
 def test_the_slide():
@@ -163,18 +162,13 @@ def test_generation(family, method, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     config, dtype, batch, seq = tiny(family, block_size=256), torch.bfloat16, 3, 200
     forget_tables()
-    model = memory.simulated_model(config, method, dtype, peft.default_storage(method), {}).eval()          # real here: not on meta
+    model = memory.simulated_model(config, method, dtype, peft.default_storage(method), {})          # real here: not on meta
     with torch.inference_mode():
         for t in (*model.parameters(), *model.buffers()):
             t.zero_() if not t.is_floating_point() else t.fill_(0.01)
     forget_tables()
-    with torch.no_grad(), Tracker(model) as tracker:
-        cache = Cache(config.n_layer, seq)
-        with ready_layers(model, batch):
-            for n_tokens in (seq - 1, 1):
-                x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
-                model.head(x[:, -1]).argmax(-1)
-    assert memory.simulate_generation(config, method, batch, seq, dtype, "cpu")["peak"] == tracker.report()["peak"]
+    real = memory.tracked_generation(model, batch, seq, "cpu").report()
+    assert memory.simulate_generation(config, method, batch, seq, dtype, "cpu")["peak"] == real["peak"]
 
 
 def test_layers_left_out_of_storage():
