@@ -262,9 +262,8 @@ class Attention(nn.Module):
 
     def project(self, x, rope):
         """x (B, T, n_embd) -> q, k, v as (B, heads, T, head_dim), positions applied."""
-        q = self.heads(self.q(x), self.q_norm)
-        k = self.heads(self.k(x), self.k_norm)
-        v = self.heads(self.v(x))
+        q, k, v = generation.each(x, self.q, self.k, self.v)
+        q, k, v = self.heads(q, self.q_norm), self.heads(k, self.k_norm), self.heads(v)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return scaled(q, self.scale), k, v
@@ -342,7 +341,8 @@ class FFN(nn.Module):
     def forward(self, x):
         if self.gate is None:
             return self.down(self.act(self.up(x)))
-        return self.down(self.act(self.gate(x)) * self.up(x))
+        gate, up = generation.each(x, self.gate, self.up)
+        return self.down(self.act(gate) * up)
 
 
 class Block(nn.Module):

@@ -123,6 +123,10 @@ class LoRA(LinearWrapper):
     def forward(self, x):
         return low_rank_linear(self.base, x, self.A, self.B, self.s, self.dropout, self.training)
 
+    def factors(self):
+        """A (r, in) and s B (out, r)."""
+        return self.A, self.s * self.B
+
     def merged(self, weight, bias):
         """weight (out, in) and bias (out,) or None of W_0, float32 -> those of W_0 + s B A."""
         dtype = torch.promote_types(self.A.dtype, weight.dtype)
@@ -133,11 +137,6 @@ def low_rank_linear(base, x, A, B, s, dropout, training):
     """W_0 x + b + s B A dropout(x), where W_0 (out, in) and b (out,) are a linear layer's. x (..., in) -> (..., out)."""
     stored = isinstance(base, quant.QuantLinear)
     weight = base.weight_q if stored else base.weight
-    if weight is None:                                                 # It lies packed, for generation.
-        y = base(x)
-        u = F.linear(x, A.to(x.dtype))
-        y.flatten(0, -2).addmm_(u.flatten(0, -2), B.to(x.dtype).T, alpha=s)      # as in quant.LoRALinear
-        return y
     if stored or not weight.requires_grad:
         return quant.lora_linear(x, weight, base.bias, A, B, s, dropout, training)
     low = F.linear(F.dropout(x, dropout, training), A.to(x.dtype))     # full or top trains W_0 as well
@@ -205,10 +204,14 @@ class DoRA(LoRA):
     """h = c (W_0 + s B A) x, where c = m / |W_0 + s B A| and the norm is of each row (Liu et al. 2024, eq. 5)."""
     method = "dora"
 
-    def forward(self, x):
+    def row_scale(self):
+        """c (out,)."""
         with torch.no_grad():                        # the norm is a constant for the gradient (section 4.3)
             norm = super().merged(*merged_weight(self.base))[0].norm(dim=1)
-        c = self.m / norm
+        return self.m / norm
+
+    def forward(self, x):
+        c = self.row_scale()
         y = self.base(x)
         x = F.dropout(x, self.dropout, self.training)
         W_0x = self.base(x) if self.training and self.dropout else y
@@ -441,26 +444,35 @@ def prompt_tuning_attention(self, x, rope, mask, cache):
 
         k = cat([s_k, x]) @ W_k = cat([s_k @ W_k, x @ W_k])
     """
-    s_k, s_v = self.prefix()
-    s_k = s_k.to(x.dtype)
-    s_v = s_v.to(x.dtype)
-    norm = None
-    if self.prefix.before:
-        s_k = self.k(s_k)                                        # s_k @ W_k
-        s_v = self.v(s_v)
-        norm = self.k_norm                                       # which keys pass before they have positions
     q, k, v = self.project(x, rope)
-    if cache is not None:
+    if cache is None:
+        s_k, s_v = projected_prompt(self, x)
+        k = torch.cat((s_k, k), 2)
+        v = torch.cat((s_v, v), 2)
+    else:
+        if cache.length == 0:
+            cache.append(*projected_prompt(self, x))
         k, v = cache.append(k, v)
-    n = len(s_k)
-    s_k = self.heads(s_k[None], norm).expand(len(x), -1, -1, -1)     # (n, width) -> (B, heads, n, head_dim)
-    s_v = self.heads(s_v[None]).expand(len(x), -1, -1, -1)
-    k = torch.cat((s_k, k), 2)
-    v = torch.cat((s_v, v), 2)
     if isinstance(mask, torch.Tensor):
+        n = k.size(2) - mask.size(-1)
         mask = F.pad(mask, (n, 0), value=True)                   # every token sees the prefix
     y = self.attend(q, k, v, mask)
     return self.out(y.transpose(1, 2).flatten(2))
+
+
+def projected_prompt(attn, x):
+    """The soft prompt's part of k and of v, (B, heads, n, head_dim), in an Attention whose input is x (B, T, n_embd)."""
+    s_k, s_v = attn.prefix()
+    s_k = s_k.to(x.dtype)
+    s_v = s_v.to(x.dtype)
+    norm = None
+    if attn.prefix.before:
+        s_k = attn.k(s_k)                                        # s_k @ W_k
+        s_v = attn.v(s_v)
+        norm = attn.k_norm                                       # which keys pass before they have positions
+    s_k = attn.heads(s_k[None], norm)                            # (n, width) -> (1, heads, n, head_dim)
+    s_v = attn.heads(s_v[None])
+    return s_k.expand(len(x), -1, -1, -1), s_v.expand(len(x), -1, -1, -1)
 
 
 def add_prefix(

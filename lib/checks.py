@@ -53,24 +53,24 @@ LONG = 10**9                     # steps and tokens: years of work
 WIDE = 2**20                     # a batch, a layer
 SEED = 2**32 - 1
 SHARE = math.nextafter(1, 0)     # the largest number below 1
-BOUNDS = {                       # name: the least value and the largest one; "or 0": 0 is allowed beside them
-    # a run
+# For each name the least value and the largest one; "or 0": 0 is allowed beside them.
+RUN = {
     "batch_size": (1, 2**16), "gradient_accumulation_steps": (1, 2**16), "max_iters": (0, LONG), "epochs": (0, 10**6),
     "patience": (0, LONG), "warmup_iters": (0, LONG), "eval_interval": (1, LONG), "eval_sequences": (0, LONG),
     "save_interval": (0, LONG), "log_interval": (1, LONG), "sample_count": (0, 10**6), "block_size": (0, 2**30),
-    "quant_block": (16, WIDE, "or 0"), "learning_rate": (1e-30, 1000), "min_lr": (0, 1000),
-    "lora_plus_ratio": (0, 10**6),
-    "weight_decay": (0, 1000), "beta1": (0, SHARE), "beta2": (0, SHARE), "label_smoothing": (0, SHARE),
-    "grad_clip": (0, LONG), "seed": (0, SEED),
-    # methods
+    "quant_block": (16, WIDE, "or 0"), "seed": (0, SEED)}
+OPTIMIZER = {
+    "learning_rate": (1e-30, 1000), "min_lr": (0, 1000), "lora_plus_ratio": (0, 10**6), "weight_decay": (0, 1000),
+    "beta1": (0, SHARE), "beta2": (0, SHARE), "label_smoothing": (0, SHARE), "grad_clip": (0, LONG)}
+METHODS = {
     "rank": (1, 2**16), "alpha": (1e-9, 10**9), "dropout": (0, SHARE), "adapter_size": (1, 2**16),
-    "prefix_length": (1, 2**16), "prefix_mlp": (0, 2**16), "prompt_length": (1, 2**16),
-    # generation and scores
+    "prefix_length": (1, 2**16), "prefix_mlp": (0, 2**16), "prompt_length": (1, 2**16)}
+GENERATION = {
     "temperature": (0.001, 1000, "or 0"), "top_k": (1, 2**30), "top_p": (1e-6, 1), "max_new_tokens": (1, LONG),
-    "beams": (1, 256), "length_penalty": (-5, 5), "no_repeat_ngram": (0, LONG), "limit": (0, LONG),
-    # memory.py, hub.py and bench.py
-    "batch": (1, WIDE), "seq": (1, 2**30), "weights": (-10**6, 10**6), "steps": (1, LONG),
-    "rounds": (1, LONG)}
+    "beams": (1, 256), "length_penalty": (-5, 5), "no_repeat_ngram": (0, LONG), "limit": (0, LONG)}
+DOORS = {                        # memory.py, hub.py and bench.py
+    "batch": (1, WIDE), "seq": (1, 2**30), "weights": (-10**6, 10**6), "steps": (1, LONG), "rounds": (1, LONG)}
+BOUNDS = RUN | OPTIMIZER | METHODS | GENERATION | DOORS
 SHAPE = {                        # of a model, as model.GPTConfig names it
     "vocab_size": (1, 2**24), "block_size": (1, 2**30), "n_layer": (1, 1024), "n_head": (1, 2**16), "n_embd": (1, WIDE),
     "n_kv_head": (1, 2**16, "or 0"), "n_ffn": (1, 2**24, "or 0"), "head_dim": (1, 2**16, "or 0"),

@@ -84,14 +84,25 @@ class Cache:
 
 
 class ReadyLinear(nn.Module):
-    """A frozen linear layer for products of that many rows: y = x W^T + b in the weight's type. packed: W for oneDNN alone."""
+    """
+    Frozen linear layers of one input, in one product.
 
-    def __init__(self, weight, bias, rows):
+    y = c (W x + B A x) + b = c ([W, B] [x; A x]) + b, in the type of [W, B]. A and B are LoRA's where they stay beside
+    W, c is DoRA's.
+    """
+
+    def __init__(self, weight, bias, A, c, rows, parts):
+        """
+        weight: [W, B] (out, in + r); b: (out,) or None; A: (r, in) or None; c: (out,) float32 or None; rows: of a
+        batch; parts: the layers' out_features.
+        """
         super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.bias, self.weight, self.packed = bias, None, None
+        self.A, self.c, self.bias, self.parts = A, c, bias, parts
+        self.out_features = weight.size(0)
+        self.in_features = weight.size(1) - (0 if A is None else len(A))
+        self.weight = self.packed = None                         # [W, B], the latter for oneDNN alone
         one_of_float32 = rows == 1 and weight.dtype == torch.float32
-        lies_well = one_of_float32 and self.out_features <= self.in_features
+        lies_well = one_of_float32 and weight.size(0) <= weight.size(1)
         if lies_well or not has_better_place(weight):
             self.weight = weight
         elif one_of_float32 or simulating() or not torch.backends.mkldnn.is_available():
@@ -100,15 +111,96 @@ class ReadyLinear(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
     def forward(self, x):
+        weight = self.weight if self.packed is None else self.packed
+        x = x.to(weight.dtype)
+        if self.A is not None:
+            x = torch.cat((x, F.linear(x, self.A)), -1)
+        bias = self.bias if self.c is None else None
         if self.packed is None:
-            return F.linear(x.to(self.weight.dtype), self.weight, self.bias)
-        x = x.to(self.packed.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+            y = F.linear(x, weight, bias)
+        else:
+            y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        if self.c is None:
+            return y
+        scaled = self.c * y
+        return (scaled if self.bias is None else scaled + self.bias).to(y.dtype)
 
-    def dense(self, dtype):
-        """Weight (out, in) and bias (out,) or None in a type."""
-        weight = self.packed.to_dense() if self.weight is None else self.weight
-        return weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+
+def ready(layers, dtype, rows):
+    """The ReadyLinear of layers with the same input."""
+    weights, biases, As, Bs, cs = zip(*(terms(layer, dtype) for layer in layers))
+    parts = [len(weight) for weight in weights]
+    weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+    A = torch.cat(As)
+    if len(A):
+        weight = torch.cat((weight, torch.block_diag(*Bs)), 1)
+    bias = end_to_end(biases, 0, parts)
+    c = end_to_end(cs, 1, parts)
+    return ReadyLinear(weight, bias, A if len(A) else None, c, rows, parts)
+
+
+def terms(layer, dtype):
+    """A layer's W (out, in), b (out,) or None, A (r, in), B (out, r) and c (out,) or None in ReadyLinear; r may be 0."""
+    if is_dense(layer, dtype):
+        weight, bias = layer.dense(dtype)
+        return weight, bias, weight[:0], weight[:, :0], None
+    weight, bias = layer.base.dense(dtype)
+    A, B = layer.factors()
+    c = layer.row_scale() if hasattr(layer, "row_scale") else None
+    return weight, bias, A.to(dtype), B.to(dtype), c
+
+
+def end_to_end(vectors, number, lengths):
+    """Vectors as one, the number where there is None; None where there are none."""
+    given = [vector for vector in vectors if vector is not None]
+    if not given:
+        return None
+    filled = []
+    for vector, n in zip(vectors, lengths):
+        filled.append(given[0].new_full((n,), number) if vector is None else vector)
+    return torch.cat(filled)
+
+
+# Layers that read the same input are one product, of all their rows. A large rank of LoRA would pay for the zeros
+# that stand in B between its layers.
+
+SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
+JOINED_RANK = 64
+
+
+def each(x, *layers):
+    """What each of the layers makes of x; where the first one is a ReadyLinear of all of them, by its product."""
+    parts = getattr(layers[0], "parts", ())
+    if len(parts) > 1:
+        return layers[0](x).split(parts, -1)
+    return [layer(x) for layer in layers]
+
+
+def with_same_input(chosen, dtype):
+    """
+    [(parent, name, layer)] -> [(parent, name, layers)], one for each ReadyLinear, which takes the place of the first of
+    its layers.
+    """
+    alone = {(parent, name): layer for parent, name, layer in chosen}
+    together = []
+    for parent in dict.fromkeys(parent for parent, _ in alone):
+        for names in SAME_INPUT:
+            layers = [alone.get((parent, name)) for name in names]
+            if all(layer and rank(layer, dtype) <= JOINED_RANK for layer in layers):
+                together.append((parent, names[0], layers))
+                for name in names:
+                    del alone[parent, name]
+    return together + [(parent, name, [layer]) for (parent, name), layer in alone.items()]
+
+
+def rank(layer, dtype):
+    """The rank of what stays beside a layer's weight; 0 for a layer that is one weight."""
+    return 0 if is_dense(layer, dtype) else len(layer.factors()[0])
+
+
+def is_dense(layer, dtype):
+    """Whether one weight in that type computes what a module computes."""
+    return hasattr(layer, "dense") and getattr(layer, "dense_only_in", dtype) == dtype
 
 
 def has_better_place(weight):
@@ -120,13 +212,18 @@ def has_better_place(weight):
     return weight.dtype == torch.float32
 
 
+def can_be_ready(layer, dtype):
+    """Whether a ReadyLinear computes what a module computes, from a copy of its weight."""
+    if not is_dense(layer, dtype):
+        return hasattr(layer, "factors") and can_be_ready(layer.base, dtype)
+    weight = getattr(layer, "weight", None)
+    return weight is None or weight.dtype != dtype or has_better_place(weight)
+
+
 def places(module, dtype):
-    """
-    Yields (parent, name, layer) of the linear layers below a module, the outermost ones first, for which a
-    dense weight in that type computes what the layer computes.
-    """
+    """Yields (parent, name, layer) of the layers below a module, the outermost ones first, that can be ready in that type."""
     for name, child in module.named_children():
-        if hasattr(child, "dense") and getattr(child, "dense_only_in", dtype) == dtype:
+        if can_be_ready(child, dtype):
             yield module, name, child
         else:
             yield from places(child, dtype)
@@ -147,30 +244,25 @@ def ready_layers(model, rows):
     """
     Within it the model generates fast, for batches of that many rows, and cannot be trained, saved or changed:
     its linear layers are ReadyLinear where half of the free memory holds the copies, else as they were. In
-    float32 a wrapper and what it wraps become one layer, because W + s B A in float32 is as exact as
-    computing both.
+    float32 a wrapper and what it wraps become one weight, because W + s B A in float32 is as exact as
+    computing both; in a narrower type it would be rounded away.
     """
     sharded = any(hasattr(p, "to_local") for p in model.parameters())        # FSDP's are never whole.
     chosen = [] if sharded else list(places(model, model.dtype))
-    if not has_room(chosen, model):
-        chosen = []
+    chosen = with_same_input(chosen, model.dtype) if has_room(chosen, model) else []
     try:
         with torch.no_grad():
-            for parent, name, layer in chosen:
-                setattr(parent, name, ReadyLinear(*layer.dense(model.dtype), rows))
+            for parent, name, layers in chosen:
+                setattr(parent, name, ready(layers, model.dtype, rows))
         yield
     finally:
-        for parent, name, layer in chosen:
-            setattr(parent, name, layer)
+        for parent, name, layers in chosen:
+            setattr(parent, name, layers[0])
 
 
 def has_room(chosen, model):
     """Whether half of the free memory holds the copies of layers, [(parent, name, layer)]; says so where it does not."""
-    needed = 0
-    for _, _, layer in chosen:
-        weight = getattr(layer, "weight", None)
-        if weight is None or weight.dtype != model.dtype or has_better_place(weight):
-            needed += layer.in_features * layer.out_features * model.dtype.itemsize
+    needed = sum(layer.in_features * layer.out_features for _, _, layer in chosen) * model.dtype.itemsize
     if simulating() or not needed:
         return True
     free = free_bytes(model.head.weight.device)

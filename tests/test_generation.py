@@ -8,7 +8,7 @@ import memory
 import peft
 import quant
 from lib import generation
-from lib.generation import Cache, ReadyLinear, ready_layers
+from lib.generation import Cache, each, ready_layers
 from model import GPT
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
@@ -78,16 +78,43 @@ def test_a_narrow_type_errs_no_more(method, rows):
     assert (ready - exact).norm() < 1.3 * (plain - exact).norm()
 
 
-def test_a_narrow_type_keeps_its_adapter_beside_the_dense_layer():
+def test_a_narrow_type_keeps_its_adapter_beside_the_weight():
+    """Nothing is rounded but to the type: [W, s B] and A are in it what they are in the model."""
     model = build("lora", dtype=torch.bfloat16, storage=quant.Storage("nf4"))
-    q = model.blocks[0].attn.q
-    tokens = torch.tensor(PROMPTS[:1])
-    with torch.no_grad():
-        expected = model(tokens)[0]
-        with ready_layers(model, 1):
-            assert model.blocks[0].attn.q is q and isinstance(q.base, ReadyLinear)
-            assert torch.equal(model(tokens)[0], expected)
-    assert isinstance(q.base, quant.QuantLinear)
+    down = model.blocks[0].ffn.down
+    with torch.no_grad(), ready_layers(model, 1):
+        ready = model.blocks[0].ffn.down
+        both = ready.packed.to_dense() if ready.weight is None else ready.weight
+        assert torch.equal(both, torch.cat((down.base.dequantize(), down.s * down.B), 1).bfloat16())
+        assert torch.equal(ready.A, down.A.bfloat16())
+    assert model.blocks[0].ffn.down is down
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, options", [("lora", {"targets": "q,v,up"}), ("lora", {"rank": 65}), ("lora", {"rslora": True}),
+                                             ("dora", {"targets": "k,gate"}), ("lora+ia3", {}), ("vera", {})])
+@pytest.mark.parametrize("bias", ["", "q v up"])
+def test_layers_of_one_input_are_one_product(method, options, bias, dtype):
+    """Against each layer in float64, with one rounding of A x and two of the sum."""
+    torch.manual_seed(0)
+    model = GPT(tiny("llama", bias=bias), dtype).eval()
+    peft.apply(model, method, **options)
+    for p in model.parameters():
+        p.data = torch.randn_like(p) * 0.3
+    attn, ffn = model.blocks[1].attn, model.blocks[1].ffn
+    groups = [(attn.q, attn.k, attn.v), (ffn.gate, ffn.up)]
+    x = torch.randn(3, 1, model.config.n_embd).to(dtype)
+    expected = [[exactly(layer, x) for layer in group] for group in groups]
+    with torch.no_grad(), ready_layers(model, 3):
+        found = [each(x, attn.q, attn.k, attn.v), each(x, ffn.gate, ffn.up)]
+    for y, exact in zip(sum(map(list, found), []), sum(expected, [])):
+        assert y.dtype == dtype and y.shape == exact.shape
+        assert (y - exact).abs().max() <= 4 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def exactly(layer, x):
+    weight, bias = peft.merged_weight(layer)
+    return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
 def test_the_layers_come_back_after_a_failure():
