@@ -245,7 +245,7 @@ def loop(run):
     The state is saved either way.
     """
     config, model, progress = run.config, run.model, run.progress
-    interrupt, first = Interrupt(), progress["step"]
+    interrupt, first, told = Interrupt(), progress["step"], dict(progress)
     log = Log(run.folder / "log.jsonl", first) if machine.RANK == 0 else None
     if not first:
         torch.manual_seed(config.seed + machine.RANK)            # Dropout differs between processes.
@@ -268,7 +268,7 @@ def loop(run):
         with measured(run, micro_batches) if can_measure and (i == first or last) else nullcontext():
             loss, norm = map(float, step(model, run.optimizer, micro_batches, config.grad_clip,
                                          config.label_smoothing, saving, run.scaler))
-        seconds = time.perf_counter() - start
+            seconds = time.perf_counter() - start
         tokens = sum(tokens.numel() for tokens, *_ in micro_batches) * machine.WORLD_SIZE
         progress["step"] = done
         progress["seconds"] += seconds
@@ -279,7 +279,9 @@ def loop(run):
                       bytes=machine.resident_bytes())
         if i % config.log_interval == 0 or last:
             left = (config.max_iters - done) * progress["seconds"] / done
-            say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {tokens / seconds:>7,.0f} tokens/s | "
+            speed = (progress["tokens"] - told["tokens"]) / (progress["seconds"] - told["seconds"])
+            told = dict(progress)
+            say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:>7,.0f} tokens/s | "
                 f"{size(machine.resident_bytes())} | {left // 60:.0f}:{left % 60:02.0f} left")
         if done % config.eval_interval == 0:
             evaluate_and_save(run, log)
