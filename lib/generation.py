@@ -161,8 +161,8 @@ def end_to_end(vectors, number, lengths):
     return torch.cat(filled)
 
 
-# Layers that read the same input are one product, of all their rows. A large rank of LoRA would pay for the zeros
-# that stand in B between its layers.
+# Layers that read the same input are one product, of all their rows. A large rank of LoRA would pay for the
+# zeros that stand in B between its layers.
 
 SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
 JOINED_RANK = 64
