@@ -280,21 +280,21 @@ class Attention(nn.Module):
             return self.attend_apart(q, k, v, mask)
         # In float32 torch's kernel is faster for short sequences, and can be compiled along.
         traced = torch.compiler.is_compiling() and q.dtype == torch.float32
+        if T == 1 < S and device_type(q) == "cpu":               # Without a mask it sees all keys.
+            return attention_of_one(q, k, v, mask)
         if mask is None and device_type(q) == "cpu" and not traced:
             return causal_attention(q, k, v, self.window)
-        if mask is not None and T == 1 and device_type(q) == "cpu":
-            return attention_of_one(q, k, v, mask)
-        if mask is None and (S > T or 0 < self.window < T):
+        if mask is None and T > 1 and (S > T or 0 < self.window < T):
             mask = causal_mask(T, S, self.window, q.device)
         groups = q.size(1) // k.size(1)
-        shares_keys = mask is None and q.dtype != torch.float32
-        if groups > 1 and T > 1 and not shares_keys and device_type(q) != "cpu":
+        if groups > 1 and T > 1 and (mask is not None or q.dtype == torch.float32) and device_type(q) != "cpu":
             # A GPU's kernels for masks, or for float32, want as many keys as queries; others make all scores.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if simulating():
             return simulated_attention(q, k, v, mask)
+        causal = {"is_causal": True} if mask is None and T > 1 else {}       # True, not a compiler's symbol
         shared = {"enable_gqa": True} if q.size(1) != k.size(1) else {}
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, **shared)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **causal, **shared)
 
     def attend_apart(self, q, k, v, lengths):
         """attend for sequences side by side; those of one length that follow each other go together."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lib.generation import Cache, pad_left, ready_layers
+from lib.generation import cache_for, pad_left, ready_layers
 
 NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 
@@ -114,8 +114,7 @@ def search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngra
     stops = {stop} if isinstance(stop, int) else set(stop or ())
     stop_ids = torch.tensor(sorted(stops), dtype=torch.long, device=next(model.parameters()).device)
     n_candidates = beams * max(2, 1 + len(stops))                # however many of these end, K go on
-    room = max(map(len, prompts)) + max_new_tokens + model.reserved
-    cache = Cache(model.config.n_layer, min(room, model.config.block_size))
+    cache = cache_for(model, prompts, max_new_tokens)
     logp = read_prompts(model, prompts, beams, cache)            # (B * K, V)
     scores = logp.new_full((len(prompts), beams), -math.inf)
     no_tokens = logp.new_empty((len(prompts), beams, 0), dtype=torch.long)

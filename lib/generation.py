@@ -42,9 +42,10 @@ class LayerCache:
 class Cache:
     """One LayerCache a layer, and the position of every cached key (B, S), negative for padding."""
 
-    def __init__(self, n_layer, size):
-        """size: for how many positions there is room at first."""
+    def __init__(self, n_layer, size, padded=True):
+        """size: for how many positions there is room at first; padded: whether prompts may have padding."""
         self.layers = [LayerCache(size) for _ in range(n_layer)]
+        self.padded = padded
         self.pos = None
         self.seen = 0                                             # tokens so far
         self.next = None                                          # position (B, 1) of the next token
@@ -54,7 +55,12 @@ class Cache:
         self.pos = pos if self.pos is None else torch.cat((self.pos, pos), 1)
 
     def mask(self, pos, window):
-        """Which keys the tokens at positions (B, T) see, bool (B, 1, T, S). window: 0 for none."""
+        """
+        Which keys the tokens at positions (B, T) see, bool (B, 1, T, S); None where each sees all before it.
+        window: 0 for none.
+        """
+        if not self.padded and not window:
+            return None
         key, query = self.pos[:, None, None, :], pos[:, None, :, None]
         seen = (key <= query) & (key >= 0)
         if window:
@@ -67,6 +73,13 @@ class Cache:
         self.pos, self.next = self.pos[rows], self.next[rows]
         for layer in self.layers:
             layer.k, layer.v = layer.k[rows], layer.v[rows]
+
+
+def cache_for(model, prompts, max_new_tokens):
+    """A Cache with room for what follows the prompts, lists of ids."""
+    lengths = {len(prompt) for prompt in prompts}
+    room = max(lengths) + max_new_tokens + model.reserved
+    return Cache(model.config.n_layer, min(room, model.config.block_size), padded=len(lengths) > 1)
 
 
 # -----------------------------------------------------------------------------
@@ -309,8 +322,7 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, gene
     """GPT.stream."""
     tokens, pos = pad_left(prompts, next(model.parameters()).device)
     stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
-    room = tokens.size(1) + max_new_tokens + model.reserved
-    cache = Cache(model.config.n_layer, min(room, model.config.block_size))
+    cache = cache_for(model, prompts, max_new_tokens)
     rows = torch.arange(len(prompts))                            # those that have not ended
     with ready_layers(model, len(prompts)):
         for _ in range(max_new_tokens):

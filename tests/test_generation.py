@@ -117,6 +117,22 @@ def exactly(layer, x):
     return torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["lora", "prefix", "prompt"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_without_padding_need_no_mask(family, method, dtype):
+    """Prompts, single tokens and several at once behind a cache, against the mask of all positions."""
+    model = build(method, family, dtype)
+    tokens = torch.randint(61, (2, 14), generator=torch.Generator().manual_seed(0))
+    found = {}
+    for padded in (True, False):
+        cache = Cache(model.config.n_layer, 14, padded)
+        with torch.no_grad():
+            found[padded] = torch.cat([model.hidden(part, cache) for part in tokens.split([7, 1, 1, 4, 1], 1)], 1)
+    tolerance = 1e-10 if dtype == torch.float64 else 0.05
+    assert (found[True] - found[False]).norm() <= tolerance * found[True].norm()
+
+
 def test_the_layers_come_back_after_a_failure():
     model = build("lora")
     before = dict(model.named_modules())
