@@ -279,6 +279,7 @@ def loop(run):
                       bytes=machine.resident_bytes())
         if i % config.log_interval == 0 or last:
             left = (config.max_iters - done) * progress["seconds"] / done
+            # Since the line before: a step whose memory is measured takes longer.
             speed = (progress["tokens"] - told["tokens"]) / (progress["seconds"] - told["seconds"])
             told = dict(progress)
             say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:>7,.0f} tokens/s | "
