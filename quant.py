@@ -351,6 +351,8 @@ def _fill(packed, scales, out, code, block):
 def _fill_in_chunks(packed, scales, out, code, block):
     """_fill, so that no intermediate result is as large as the weight."""
     length = _chunk_length(out, block)
+    if length >= len(out):
+        return _fill(packed, scales, out, code, block)
     packed_chunks = packed.split(length * code.bits // 8)
     scale_chunks = scales.split(length // block)
     chunks = tuple(zip(packed_chunks, scale_chunks, out.split(length)))
@@ -525,8 +527,7 @@ class QuantizedTensor:
         """The absmax of each block, (n_blocks,) float32, double quantization undone."""
         if not self.double:
             return self.absmax
-        scales = self.absmax2.new_empty(len(self.absmax))
-        _fill_in_chunks(self.absmax, self.absmax2, scales, DYNAMIC, NESTED_BLOCK)
+        scales = _decode(self.absmax, self.absmax2, DYNAMIC, len(self.absmax), NESTED_BLOCK)
         return scales.add_(self.offset)
 
     def dequantize(self, dtype=None, out=None):
