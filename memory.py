@@ -91,7 +91,7 @@ from torch.utils._pytree import tree_leaves
 import peft
 import quant
 from lib import kernels, origin, run
-from lib.generation import Cache, ready_layers
+from lib.generation import Cache, ready_layers, sample
 from lib.hollow import NothingDrawn, hollow
 from lib.machine import dtype_name
 from model import GPT, PRESETS
@@ -509,7 +509,7 @@ def tracked_generation(model, batch, seq, device):
             tracker.running.append(("temporaries", ""))          # Outside of modules it was copies until here.
             for n_tokens in (seq - 1, 1):
                 x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
-                model.head(x[:, -1]).argmax(-1)
+                sample(model.head(x[:, -1]), temperature=0)
     return tracker
 
 

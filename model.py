@@ -278,10 +278,10 @@ class Attention(nn.Module):
         T, S = q.size(2), k.size(2)
         if isinstance(mask, list):
             return self.attend_apart(q, k, v, mask)
-        # In float32 torch's kernel is faster for short sequences, and can be compiled along.
-        traced = torch.compiler.is_compiling() and q.dtype == torch.float32
         if T == 1 < S and device_type(q) == "cpu":               # Without a mask it sees all keys.
             return attention_of_one(q, k, v, mask)
+        # In float32 torch's kernel is faster for short sequences, and can be compiled along.
+        traced = torch.compiler.is_compiling() and q.dtype == torch.float32
         if mask is None and device_type(q) == "cpu" and not traced:
             return causal_attention(q, k, v, self.window)
         if mask is None and T > 1 and (S > T or 0 < self.window < T):

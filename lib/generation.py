@@ -85,8 +85,9 @@ def cache_for(model, prompts, max_new_tokens):
 # -----------------------------------------------------------------------------
 # linear layers while tokens are generated
 
-# A token's products are as fast as the weights can be read: so a stored weight is made dense once and not for
-# every token, a low rank is added to it where that is exact, and on a CPU it lies as the products like it.
+# A token's products are as fast as the weights can be read: so ready_layers, below, makes a stored weight
+# dense once and not for every token, adds a low rank to it where that is exact and lays it beside it where it
+# is not, makes one layer of those that read the same input, and on a CPU lays it as the products like it.
 # Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an EPYC with AVX512-BF16:
 #
 #                         from rows    from columns    packed by oneDNN
@@ -106,7 +107,7 @@ class ReadyLinear(nn.Module):
 
     def __init__(self, weight, bias, A, c, rows, parts):
         """
-        weight: [W, B] (out, in + r); b: (out,) or None; A: (r, in) or None; c: (out,) float32 or None; rows: of a
+        weight: [W, B] (out, in + r); bias: b (out,) or None; A: (r, in) or None; c: (out,) float32 or None; rows: of a
         batch; parts: the layers' out_features.
         """
         super().__init__()
@@ -174,11 +175,8 @@ def end_to_end(vectors, number, lengths):
     return torch.cat(filled)
 
 
-# Layers that read the same input are one product, of all their rows. A large rank of LoRA would pay for the
-# zeros that stand in B between its layers.
-
-SAME_INPUT = (("q", "k", "v"), ("gate", "up"))
-JOINED_RANK = 64
+SAME_INPUT = (("q", "k", "v"), ("gate", "up"))                   # model.py calls these by `each`
+JOINED_RANK = 64                # A larger rank would pay for the zeros that stand in B between joined layers.
 
 
 def each(x, *layers):
@@ -208,7 +206,7 @@ def with_same_input(chosen, dtype):
 
 def rank(layer, dtype):
     """The rank of what stays beside a layer's weight; 0 for a layer that is one weight."""
-    return 0 if is_dense(layer, dtype) else len(layer.factors()[0])
+    return 0 if is_dense(layer, dtype) else len(layer.A)
 
 
 def is_dense(layer, dtype):
