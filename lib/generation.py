@@ -93,7 +93,7 @@ def cache_for(model, prompts, max_new_tokens):
 #                         from rows    from columns    packed by oneDNN
 #   float32     1 row     9.4          4.7             4.5 (with AVX2 alone 1.7 times the columns' time)
 #   float32     32 rows   23.6         26.7            9.8
-#   bfloat16    1 row     3.9          6.0             2.3
+#   bfloat16    1 row     3.9          6.0             2.3; from rows without oneDNN 1.8
 #   bfloat16    32 rows   12.7         13.4            9.2
 
 
@@ -117,7 +117,7 @@ class ReadyLinear(nn.Module):
         self.weight = self.packed = None                         # [W, B], the latter for oneDNN alone
         one_of_float32 = rows == 1 and weight.dtype == torch.float32
         lies_well = one_of_float32 and weight.size(0) <= weight.size(1)
-        if lies_well or not has_better_place(weight):
+        if lies_well or not has_better_place(weight, rows):
             self.weight = weight
         elif one_of_float32 or simulating() or not torch.backends.mkldnn.is_available():
             self.weight = weight.t().contiguous().t()
@@ -214,30 +214,33 @@ def is_dense(layer, dtype):
     return hasattr(layer, "dense") and getattr(layer, "dense_only_in", dtype) == dtype
 
 
-def has_better_place(weight):
-    """Whether products of few rows are faster where the weight is laid out anew."""
+def has_better_place(weight, rows):
+    """Whether products of that few rows are faster where the weight is laid out anew."""
     if device_type(weight) != "cpu":
         return False
     if weight.dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return onednn and rows > 1                               # One row is fast_products', below.
     return weight.dtype == torch.float32
 
 
-def can_be_ready(layer, dtype):
-    """Whether a ReadyLinear computes what a module computes, from a copy of its weight."""
+def is_faster_ready(layer, dtype, rows):
+    """Whether a ReadyLinear computes what a module computes, from a copy of its weight, and faster."""
     if not is_dense(layer, dtype):
-        return hasattr(layer, "factors") and can_be_ready(layer.base, dtype)
+        if not hasattr(layer, "factors"):
+            return False
+        return device_type(layer.A) == "cpu" or is_faster_ready(layer.base, dtype, rows)
     weight = getattr(layer, "weight", None)
-    return weight is None or weight.dtype != dtype or has_better_place(weight)
+    return weight is None or weight.dtype != dtype or has_better_place(weight, rows)
 
 
-def places(module, dtype):
-    """Yields (parent, name, layer) of the layers below a module, the outermost ones first, that can be ready in that type."""
+def places(module, dtype, rows):
+    """Yields (parent, name, layer) of the layers below a module, the outermost ones first, that are faster ready."""
     for name, child in module.named_children():
-        if can_be_ready(child, dtype):
+        if is_faster_ready(child, dtype, rows):
             yield module, name, child
         else:
-            yield from places(child, dtype)
+            yield from places(child, dtype, rows)
 
 
 def free_bytes(device):
@@ -259,7 +262,7 @@ def ready_layers(model, rows):
     computing both; in a narrower type it would be rounded away.
     """
     sharded = any(hasattr(p, "to_local") for p in model.parameters())        # FSDP's are never whole.
-    chosen = [] if sharded else list(places(model, model.dtype))
+    chosen = [] if sharded else list(places(model, model.dtype, rows))
     chosen = with_same_input(chosen, model.dtype) if has_room(chosen, model) else []
     try:
         with torch.no_grad():
@@ -269,6 +272,21 @@ def ready_layers(model, rows):
     finally:
         for parent, name, layers in chosen:
             setattr(parent, name, layers[0])
+
+
+@contextmanager
+def fast_products(rows, model):
+    """
+    Within it, where one row goes through the model in a CPU's bfloat16, the process's products are torch's own and
+    not oneDNN's: they take half the time. Of several rows they would take several times as long.
+    """
+    onednn = torch.backends.mkldnn.enabled
+    by_torch = rows == 1 and model.dtype == torch.bfloat16 and device_type(model.head.weight) == "cpu"
+    torch.backends.mkldnn.enabled = onednn and not by_torch
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = onednn
 
 
 def has_room(chosen, model):
@@ -324,8 +342,11 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, gene
     rows = torch.arange(len(prompts))                            # those that have not ended
     with ready_layers(model, len(prompts)):
         for _ in range(max_new_tokens):
-            x = model.hidden(tokens, cache, pos)
-            token = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
+            # Prompts have several rows even of one token, where a method puts its own before it.
+            n_rows = tokens.numel() if cache.seen else None
+            with fast_products(n_rows, model):
+                x = model.hidden(tokens, cache, pos)
+                token = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
             result = torch.full((len(prompts),), -1)
             result[rows] = on_host = token.cpu()
             yield result

@@ -8,7 +8,7 @@ import memory
 import peft
 import quant
 from lib import generation
-from lib.generation import Cache, each, ready_layers
+from lib.generation import Cache, each, fast_products, ready_layers
 from model import GPT
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7]]
@@ -94,7 +94,8 @@ def test_a_narrow_type_keeps_its_adapter_beside_the_weight():
 @pytest.mark.parametrize("method, options", [("lora", {"targets": "q,v,up"}), ("lora", {"rank": 65}), ("lora", {"rslora": True}),
                                              ("dora", {"targets": "k,gate"}), ("lora+ia3", {}), ("vera", {})])
 @pytest.mark.parametrize("bias", ["", "q v up"])
-def test_layers_of_one_input_are_one_product(method, options, bias, dtype):
+@pytest.mark.parametrize("rows", [1, 3])
+def test_layers_of_one_input_are_one_product(method, options, bias, rows, dtype):
     """Against each layer in float64, with one rounding of A x and two of the sum."""
     torch.manual_seed(0)
     model = GPT(tiny("llama", bias=bias), dtype).eval()
@@ -103,9 +104,9 @@ def test_layers_of_one_input_are_one_product(method, options, bias, dtype):
         p.data = torch.randn_like(p) * 0.3
     attn, ffn = model.blocks[1].attn, model.blocks[1].ffn
     groups = [(attn.q, attn.k, attn.v), (ffn.gate, ffn.up)]
-    x = torch.randn(3, 1, model.config.n_embd).to(dtype)
+    x = torch.randn(rows, 1, model.config.n_embd).to(dtype)
     expected = [[exactly(layer, x) for layer in group] for group in groups]
-    with torch.no_grad(), ready_layers(model, 3):
+    with torch.no_grad(), ready_layers(model, rows), fast_products(rows, model):
         found = [each(x, attn.q, attn.k, attn.v), each(x, ffn.gate, ffn.up)]
     for y, exact in zip(sum(map(list, found), []), sum(expected, [])):
         assert y.dtype == dtype and y.shape == exact.shape
@@ -133,12 +134,31 @@ def test_prompts_without_padding_need_no_mask(family, method, dtype):
     assert (found[True] - found[False]).norm() <= tolerance * found[True].norm()
 
 
+@pytest.mark.parametrize("method", ["lora", "prompt"])
+@pytest.mark.parametrize("dtype, prompts, expected", [
+    (torch.bfloat16, [[1, 2, 3]], [True, False, False]), (torch.bfloat16, [[1]], [True, False, False]),
+    (torch.bfloat16, PROMPTS, [True] * 3), (torch.float32, [[1, 2, 3]], [True] * 3)])
+def test_only_the_products_of_one_row_are_torchs_own(dtype, prompts, expected, method, monkeypatch):
+    """Whether oneDNN's products are allowed in the prompt and in each token after it; afterwards they are again."""
+    model = build(method, dtype=dtype)
+    hidden, allowed = model.hidden, []
+
+    def noted(*rest):
+        allowed.append(torch.backends.mkldnn.enabled)
+        return hidden(*rest)
+
+    monkeypatch.setattr(model, "hidden", noted)
+    for _ in model.stream(prompts, len(expected), temperature=0):
+        assert torch.backends.mkldnn.enabled
+    assert allowed == expected
+
+
 def test_the_layers_come_back_after_a_failure():
     model = build("lora")
     before = dict(model.named_modules())
     with pytest.raises(IndexError):
         model.generate([[10**6]], 3)
-    assert dict(model.named_modules()) == before
+    assert dict(model.named_modules()) == before and torch.backends.mkldnn.enabled
 
 
 def test_rows_that_have_ended_are_no_longer_computed(monkeypatch):
