@@ -132,6 +132,7 @@ def train(config):
 
 def note_before(run):
     """Notes what the model can do before training, with the adapter that the run starts from if there is one."""
+    say("before     measuring the loss on val, writing the first texts (--eval_sequences and --sample_count say how many)")
     run.progress |= {"before": split_loss(run, "val"), "samples": samples(run)}
 
 

@@ -280,7 +280,7 @@ def fast_products(tokens, cache, dtype):
     Within it, where one token goes through a model in a CPU's bfloat16, the process's products are torch's own and
     not oneDNN's: of one row they take half the time, of several rows several times as long.
     """
-    one_row = tokens.numel() == 1 and cache.seen > 0             # A prompt may have a method's rows before it.
+    one_row = tokens.numel() == 1 and cache.seen > 0             # A method may put rows before a prompt.
     onednn = torch.backends.mkldnn.enabled
     if one_row and dtype == torch.bfloat16 and device_type(tokens) == "cpu":
         torch.backends.mkldnn.enabled = False
