@@ -91,7 +91,7 @@ def cache_for(model, prompts, max_new_tokens):
 # Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an EPYC with AVX512-BF16:
 #
 #                         from rows    from columns    packed by oneDNN
-#   float32     1 row     9.4          4.7             4.5 (with AVX2 alone 1.7 times the columns' time)
+#   float32     1 row     9.8          5.2             4.3 (with AVX2 alone 4.8; a single core 7.8)
 #   float32     32 rows   23.6         26.7            9.8
 #   bfloat16    1 row     3.9          6.0             2.3; from rows without oneDNN 1.8
 #   bfloat16    32 rows   12.7         13.4            9.2
@@ -115,12 +115,10 @@ class ReadyLinear(nn.Module):
         self.out_features = weight.size(0)
         self.in_features = weight.size(1) - (0 if A is None else len(A))
         self.weight = self.packed = None                         # [W, B], the latter for oneDNN alone
-        one_of_float32 = rows == 1 and weight.dtype == torch.float32
-        lies_well = one_of_float32 and weight.size(0) <= weight.size(1)
-        if lies_well or not has_better_place(weight, rows):
+        if not has_better_place(weight, rows):
             self.weight = weight
-        elif one_of_float32 or simulating() or not torch.backends.mkldnn.is_available():
-            self.weight = weight.t().contiguous().t()
+        elif simulating():
+            self.weight = weight.clone()
         else:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
 
@@ -215,12 +213,11 @@ def is_dense(layer, dtype):
 
 
 def has_better_place(weight, rows):
-    """Whether products of that few rows are faster where the weight is laid out anew."""
-    if device_type(weight) != "cpu":
+    """Whether products of that few rows are faster where the weight is laid out anew, by oneDNN."""
+    if device_type(weight) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:
-        onednn = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return onednn and rows > 1                               # One row is fast_products', below.
+    if weight.dtype == torch.bfloat16:                           # One row is fast_products', below.
+        return rows > 1 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
 
 

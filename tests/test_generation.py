@@ -181,12 +181,18 @@ def test_rows_that_have_ended_are_no_longer_computed(dtype, monkeypatch):
     assert sizes == [2] * (len(first) - 5) + [1] * (12 - (len(first) - 5))
 
 
-@pytest.mark.parametrize("method, storage", [("lora", None), ("qlora", peft.QLORA)])
-def test_the_simulation_knows_the_copies(method, storage):
-    """What is counted while a real model generates is what the simulation says. (Packed layers cannot be counted.)"""
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("method, storage", [("prompt", None), ("lora", None), ("qlora", peft.QLORA)])
+def test_the_simulation_knows_the_copies(method, storage, dtype, rows, monkeypatch):
+    """What is counted while a real model generates is what the simulation says. (Packed layers, which cannot be counted, are mere copies.)"""
     config = tiny("llama")
-    model = build(method, storage=storage)
-    real = memory.tracked_generation(model, 1, 20, "cpu").report()
-    predicted = memory.simulate_generation(config, method, 1, 20, torch.float32, "cpu", storage)
-    assert predicted["parts"]["copies of the layers"] > 0
+    model = build(method, dtype=dtype, storage=storage)
+    for p in model.parameters():
+        p.data = p.data.to(torch.float32 if p.requires_grad else dtype)
+    monkeypatch.setattr(generation, "simulating", lambda: True)
+    real = memory.tracked_generation(model, rows, 20, "cpu").report()
+    predicted = memory.simulate_generation(config, method, rows, 20, dtype, "cpu", storage)
+    copies = [report["parts"].get("copies of the layers", 0) for report in (real, predicted)]
+    assert copies[0] == copies[1] and (copies[0] > 0) == ((method, dtype, rows) != ("prompt", torch.bfloat16, 1))
     assert real["peak"] == pytest.approx(predicted["peak"], rel=0.05)
