@@ -154,6 +154,46 @@ def part_of_weight(scheme):
     return "weights " + str(scheme).removeprefix("torch.")
 
 
+_made = {}                      # (operation, shapes of arguments) -> shape, stride, dtype of the result
+
+
+def without_content(operation, args, kwargs):
+    """
+    What an operation returns where tensors lie on "meta". There its Python takes a hundred microseconds, so of those
+    that make one new tensor each is run once a shape, and those that write into their first argument never.
+    """
+    schema = operation._schema
+    changes_shape = torch.Tag.inplace_view in operation.tags
+    if [str(output.type) for output in schema.returns] != ["Tensor"] or changes_shape:
+        return operation(*args, **kwargs)
+    if schema.is_mutable:
+        writes = schema.arguments[0].alias_info is not None and args[0].is_meta
+        return args[0] if writes else operation(*args, **kwargs)
+    shapes = operation, *map(shape_of, args), *((name, shape_of(arg)) for name, arg in kwargs.items())
+    if shapes in _made:
+        shape, stride, dtype = _made[shapes]
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+    result = operation(*args, **kwargs)
+    if result.is_meta and not is_view(result, args):
+        _made[shapes] = result.shape, result.stride(), result.dtype
+    return result
+
+
+def is_view(result, args):
+    """Whether an operation's result lies in the storage of one of its arguments."""
+    storages = [leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    return result.untyped_storage()._cdata in storages
+
+
+def shape_of(argument):
+    """An operation's argument without its content, to be compared."""
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, (list, tuple)):
+        return tuple(map(shape_of, argument))
+    return type(argument), argument
+
+
 class Tracker(TorchDispatchMode):
     """
     Counts live storage at every operation, real or simulated: with Tracker(model, optimizer) as tracker: step(..);
@@ -213,7 +253,8 @@ class Tracker(TorchDispatchMode):
             del self.live[address]
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **kwargs or {})
+        kwargs = kwargs or {}
+        result = without_content(func, args, kwargs) if kernels.simulating() else func(*args, **kwargs)
         if kernels.simulating() and self.device == "cpu" and func is torch.ops.aten.native_layer_norm.default:
             y, *statistics = result                              # On "meta" their type is a GPU's.
             result = y, *(t.to(y.dtype) for t in statistics)
