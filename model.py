@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from lib import generation, presets
 from lib.checks import SHAPE, bounded
 from lib.kernels import (
-    accurate, attention_of_one, causal_attention, causal_mask, cross_entropy, device_type, rms_norm,
+    accurate, attention_of_one, causal_attention, causal_mask, cross_entropy, device_type, linear, rms_norm,
     simulated_attention, simulating)
 from lib.rope import Rope, frequencies, rotate
 
@@ -148,7 +148,7 @@ class Linear(nn.Linear):
     """nn.Linear that casts its weight to the type of its input."""
 
     def forward(self, x):
-        return F.linear(x, *self.dense(x.dtype))
+        return linear(x, *self.dense(x.dtype))
 
     def dense(self, dtype):
         """Weight (out, in) and bias (out,) or None in a type; generation makes them once."""

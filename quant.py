@@ -26,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.kernels import device_type, representatives, seeded_generator, simulating
+from lib.kernels import device_type, linear, representatives, seeded_generator, simulating
 
 # -----------------------------------------------------------------------------
 # codes
@@ -632,7 +632,7 @@ class LoRALinear(torch.autograd.Function):
         ctx.settings = s, p, seed, meta
         rows = x.reshape(-1, x.shape[-1])                                       # (N, in)
         b = None if bias is None else bias.to(x.dtype)
-        y = F.linear(rows, _dense(meta, stored, x.dtype), b)
+        y = linear(rows, _dense(meta, stored, x.dtype), b)
         if A is not None:
             mask = _dropout_mask(rows, rows.shape[1], p, seed)
             u = _times(rows, mask) @ A.to(x.dtype).T
@@ -764,7 +764,7 @@ def stored_product(x: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, 
                    offset: torch.Tensor | None, shape: Sequence[int], scheme: str,
                    block: int | None) -> torch.Tensor:
     """x W^T, where W is stored_weight of the rest. x (.., in) -> (.., out). The backward pass needs what is stored alone."""
-    return F.linear(x, stored_weight(packed, absmax, absmax2, offset, shape, scheme, block, x.dtype))
+    return linear(x, stored_weight(packed, absmax, absmax2, offset, shape, scheme, block, x.dtype))
 
 
 @stored_product.register_fake

@@ -90,6 +90,21 @@ def accurate(dtype):
 
 
 # -----------------------------------------------------------------------------
+# a linear layer
+
+
+def linear(x, W, bias=None):
+    """
+    x W^T + b, x (.., in), W (out, in). Where no gradient is asked for, float32 on a CPU is multiplied by oneDNN: 1.05 to
+    1.2 times as fast as by torch's own choice, MKL, with a vocabulary's rows 1.5 times (AMD EPYC, AVX512 or AVX2).
+    """
+    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or simulating()
+    if plain or x.dtype != torch.float32 or x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return F.linear(x, W, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, W, bias, "none", [], "")
+
+
+# -----------------------------------------------------------------------------
 # RMSNorm
 
 
@@ -370,7 +385,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=accurate(x.dtype), device=x.device)
         for chunk in product_chunks(rows_of_loss(targets), V):
             x_chunk = x[chunk]
-            z = x_chunk @ W.t()
+            z = linear(x_chunk, W)
             for z_part, part in zip(cache_chunks(z, V), cache_chunks(chunk, V)):
                 total += loss_and_gradient(z_part, targets[part], smoothing, need_x or need_weight)
             if need_x:

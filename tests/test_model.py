@@ -132,6 +132,30 @@ def test_loss_in_chunks(N, V, masked, smoothing, train_weight):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape, out", [((5, 7), 3), ((2, 1, 64), 129), ((0, 8), 4), ((130, 96), 300), ((7,), 3)])
+def test_linear_against_float64(shape, out, dtype, grad):
+    """Also of weights and inputs that are not contiguous, with and without a bias."""
+    g = torch.Generator().manual_seed(0)
+    x, W, b = (torch.randn(*size, generator=g, dtype=torch.float64).to(dtype) for size in (shape, (out, shape[-1]), (out,)))
+    apart = torch.stack((x, x), -1)[..., 0], W.t().contiguous().t()
+    for inputs, weight, bias in ((x, W, None), (x, W, b), (*apart, b)):
+        with torch.set_grad_enabled(grad):
+            y = kernels.linear(inputs, weight, bias)
+        exact = F.linear(inputs.double(), weight.double(), None if bias is None else bias.double())
+        bound = shape[-1] * torch.finfo(dtype).eps * (inputs.double().abs() @ weight.double().abs().T + 1)
+        assert y.dtype == dtype and y.shape == exact.shape and bool(((y - exact).abs() <= bound).all())
+
+
+def test_linear_is_differentiated():
+    x, W, b = (torch.randn(*size, requires_grad=True) for size in ((6, 8), (5, 8), (5,)))
+    g = torch.randn(6, 5)
+    found = torch.autograd.grad(kernels.linear(x, W, b), (x, W, b), g)
+    for gradient, expected in zip(found, (g @ W, g.T @ x, g.sum(0))):
+        assert torch.allclose(gradient, expected, atol=1e-5)
+
+
 def test_rms_norm():
     from lib.kernels import RMSNorm, rms_norm
     x, w = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((3, 5, 8), (8,)))
