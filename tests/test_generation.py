@@ -194,5 +194,6 @@ def test_the_simulation_knows_the_copies(method, storage, dtype, rows, monkeypat
     real = memory.tracked_generation(model, rows, 20, "cpu").report()
     predicted = memory.simulate_generation(config, method, rows, 20, dtype, "cpu", storage)
     copies = [report["parts"].get("copies of the layers", 0) for report in (real, predicted)]
-    assert copies[0] == copies[1] and (copies[0] > 0) == ((method, dtype, rows) != ("prompt", torch.bfloat16, 1))
+    dense_ones_too = generation.has_better_place(torch.empty(1, dtype=dtype), rows)      # bfloat16 depends on the processor
+    assert copies[0] == copies[1] and (copies[0] > 0) == (method != "prompt" or dense_ones_too)
     assert real["peak"] == pytest.approx(predicted["peak"], rel=0.05)
