@@ -91,7 +91,7 @@ from torch.utils._pytree import tree_leaves
 import peft
 import quant
 from lib import kernels, origin, run
-from lib.generation import Cache, ready_layers, sample
+from lib.generation import Cache, next_logits, ready_layers, sample
 from lib.hollow import NothingDrawn, hollow
 from lib.machine import dtype_name
 from model import GPT, PRESETS
@@ -549,8 +549,8 @@ def tracked_generation(model, batch, seq, device):
         with ready_layers(model, batch):
             tracker.running.append(("temporaries", ""))          # Outside of modules it was copies until here.
             for n_tokens in (seq - 1, 1):
-                x = model.hidden(torch.zeros(batch, n_tokens, dtype=torch.int64), cache)
-                sample(model.head(x[:, -1]), temperature=0)
+                tokens = torch.zeros(batch, n_tokens, dtype=torch.int64)
+                sample(next_logits(model, tokens, cache), temperature=0)
     return tracker
 
 

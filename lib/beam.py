@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lib.generation import cache_for, fast_products, pad_left, ready_layers
+from lib.generation import cache_for, next_logits, pad_left, ready_layers
 
 NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 
@@ -48,9 +48,7 @@ def read_prompts(model, prompts, beams, cache):
 
 def next_logp(model, tokens, cache, pos):
     """tokens and positions, (rows, T) -> log-probabilities of the token after the last, (rows, V) float32."""
-    with fast_products(tokens, cache, model.dtype):
-        logits = model.head(model.hidden(tokens, cache, pos)[:, -1])
-    return logits.float().log_softmax(-1)
+    return next_logits(model, tokens, cache, pos).float().log_softmax(-1)
 
 
 def forbid_repeats(logp, tokens, n):

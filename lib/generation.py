@@ -4,13 +4,13 @@ of different lengths in one batch, drawing a token.
 """
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lib.kernels import device_type, simulating
+from lib.kernels import device_type, linear, simulating
 
 
 class LayerCache:
@@ -87,14 +87,16 @@ def cache_for(model, prompts, max_new_tokens):
 
 # A token's products are as fast as the weights can be read: so ready_layers, below, makes a stored weight
 # dense once and not for every token, adds a low rank to it where that is exact and lays it beside it where it
-# is not, makes one layer of those that read the same input, and on a CPU lays it as the products like it.
-# Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an EPYC with AVX512-BF16:
+# is not, makes one layer of those that read the same input, and on a CPU lays it as products of several rows
+# like it. One row is fast from the weight as it is, by the right library: kernels.linear in float32,
+# without_onednn in bfloat16. Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an
+# EPYC with AVX512-BF16:
 #
-#                         from rows    from columns    packed by oneDNN
-#   float32     1 row     9.8          5.2             4.3 (with AVX2 alone 4.8; a single core 7.8)
-#   float32     32 rows   23.6         26.7            9.8
-#   bfloat16    1 row     3.9          6.0             2.3; from rows without oneDNN 1.8
-#   bfloat16    32 rows   12.7         13.4            9.2
+#                         by torch's choice    by the other library    packed by oneDNN
+#   float32     1 row     9.8 (MKL)            3.8 (oneDNN)            3.9
+#   float32     32 rows   23.6 (MKL)           14.3 (oneDNN)           9.9
+#   bfloat16    1 row     3.6 (oneDNN)         1.8 (torch itself)      2.3
+#   bfloat16    32 rows   12.7 (oneDNN)        -                       9.2
 
 
 class ReadyLinear(nn.Module):
@@ -126,10 +128,10 @@ class ReadyLinear(nn.Module):
         weight = self.weight if self.packed is None else self.packed
         x = x.to(weight.dtype)
         if self.A is not None:
-            x = torch.cat((x, F.linear(x, self.A)), -1)
+            x = torch.cat((x, linear(x, self.A)), -1)
         bias = self.bias if self.c is None else None
         if self.packed is None:
-            y = F.linear(x, weight, bias)
+            y = linear(x, weight, bias)
         else:
             y = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
         if self.c is None:
@@ -213,11 +215,11 @@ def is_dense(layer, dtype):
 
 
 def has_better_place(weight, rows):
-    """Whether products of that few rows are faster where the weight is laid out anew, by oneDNN."""
-    if device_type(weight) != "cpu" or not torch.backends.mkldnn.is_available():
+    """Whether products of that few rows are faster where oneDNN lays the weight out anew."""
+    if rows == 1 or device_type(weight) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:                           # One row is fast_products', below.
-        return rows > 1 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if weight.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return weight.dtype == torch.float32
 
 
@@ -271,22 +273,6 @@ def ready_layers(model, rows):
             setattr(parent, name, layers[0])
 
 
-@contextmanager
-def fast_products(tokens, cache, dtype):
-    """
-    Within it, where one token goes through a model in a CPU's bfloat16, the process's products are torch's own and
-    not oneDNN's: of one row they take half the time, of several rows several times as long.
-    """
-    one_row = tokens.numel() == 1 and cache.seen > 0             # A method may put rows before a prompt.
-    onednn = torch.backends.mkldnn.enabled
-    if one_row and dtype == torch.bfloat16 and device_type(tokens) == "cpu":
-        torch.backends.mkldnn.enabled = False
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = onednn
-
-
 def has_room(chosen, model):
     """Whether half of the free memory holds the copies of layers, [(parent, name, layer)]; says so where it does not."""
     needed = sum(layer.in_features * layer.out_features for _, _, layer in chosen) * model.dtype.itemsize
@@ -316,6 +302,29 @@ def pad_left(prompts, device):
     return tokens, torch.arange(longest, device=device) - torch.tensor(padding, device=device)[:, None]
 
 
+def next_logits(model, tokens, cache, pos=None):
+    """The logits (B, V) of what follows tokens at positions pos, (B, T) both, behind those in the cache."""
+    # A method may put rows of its own before a prompt, so that even one of a single token has several.
+    one_row = tokens.numel() == 1 and cache.seen > 0
+    by_torch = one_row and model.dtype == torch.bfloat16 and device_type(tokens) == "cpu"
+    with without_onednn() if by_torch else nullcontext():
+        return model.head(model.hidden(tokens, cache, pos)[:, -1])
+
+
+@contextmanager
+def without_onednn():
+    """
+    Within it the process's products in bfloat16 are torch's own and not oneDNN's: of one row they take half the time,
+    of several rows several times as long.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
+
+
 def sample(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draws a token from each row of logits (B, V): (B,) int64. temperature 0 takes the largest."""
     if temperature == 0:
@@ -340,9 +349,8 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, gene
     rows = torch.arange(len(prompts))                            # those that have not ended
     with ready_layers(model, len(prompts)):
         for _ in range(max_new_tokens):
-            with fast_products(tokens, cache, model.dtype):
-                x = model.hidden(tokens, cache, pos)
-                token = sample(model.head(x[:, -1]), temperature, top_k, top_p, generator)
+            logits = next_logits(model, tokens, cache, pos)
+            token = sample(logits, temperature, top_k, top_p, generator)
             result = torch.full((len(prompts),), -1)
             result[rows] = on_host = token.cpu()
             yield result

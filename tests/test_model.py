@@ -191,15 +191,16 @@ def test_attention_in_parts(B, H, K, T, S, dtype, bound, window, attention, monk
         assert ours.dtype == dtype and (ours - theirs).norm() <= bound * theirs.norm()
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_loss_in_several_chunks(dtype, tolerance):
-    """Against float64. (In float32 MKL's sum of 262,144 terms is off by 5e-6.)"""
+    """As in float64, or as torch's own: MKL's float32, where that multiplies, is off by 5e-6 after 262,144 terms."""
     torch.manual_seed(0)
     x, W, targets = torch.randn(300, 8, dtype=dtype, requires_grad=True), torch.randn(2**18, 8, dtype=dtype), torch.randint(2**18, (300,))
     loss = cross_entropy(x, W, targets)                          # 64 rows a chunk
-    expected = F.cross_entropy(x.double() @ W.double().T, targets)
-    assert torch.allclose(loss.double(), expected, atol=tolerance)
-    assert torch.allclose(*(torch.autograd.grad(l, x)[0] for l in (loss, expected)), atol=tolerance, rtol=tolerance)
+    losses = [F.cross_entropy(x.double() @ W.double().T, targets), F.cross_entropy(x @ W.T, targets)]
+    assert all(torch.allclose(loss, expected.to(dtype)) for expected in losses)
+    found, *gradients = (torch.autograd.grad(l, x)[0] for l in (loss, *losses))
+    assert any(torch.allclose(found, expected, atol=tolerance) for expected in gradients)
 
 
 def test_logits_never_exist_at_once():
