@@ -46,6 +46,7 @@ def parse(args):
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--max_new_tokens", type=int, default=32, help="generate: after each prompt")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"))
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2, help="how often the sides take turns")
@@ -88,6 +89,7 @@ class Job:
     double: bool                # QLoRA: the scales are quantized again
     method: str = "qlora"       # any other has a dense base
     adapter: str = ""           # a run's folder, whose adapter is taken (theirs: its folder peft); none: a new one
+    max_new_tokens: int = 32    # generate: after each prompt
     sequences: str = ""         # epoch: a JSON file with [[ids, tokens of the prompt], ..]
 
 
@@ -255,7 +257,7 @@ def measure_quant(job):
 
 
 def measure_generate(job):
-    """32 tokens after each of a batch of prompts, together and one at a time."""
+    """New tokens after each of a batch of prompts, together and one at a time."""
     device = prepared_device(job)
     model = load_base(job, device).eval()
     V, g = model.config.vocab_size, torch.Generator().manual_seed(0)
@@ -264,10 +266,12 @@ def measure_generate(job):
 
     def one_at_a_time():
         for prompt in prompts:
-            model.generate([prompt], 32, temperature=0)
+            model.generate([prompt], job.max_new_tokens, temperature=0)
 
-    return {"together": timed(lambda: model.generate(prompts, 32, temperature=0), 3, device),
-            "alone": timed(one_at_a_time, 1, device)}
+    def together():
+        model.generate(prompts, job.max_new_tokens, temperature=0)
+
+    return {"together": timed(together, 3, device), "alone": timed(one_at_a_time, 1, device)}
 
 
 def measure_grow(job):
@@ -426,10 +430,10 @@ def generation():
         tokens[row, -n:] = torch.randint(model.config.vocab_size, (n,), generator=g)
         mask[row, -n:] = 1
     tokens, mask = tokens.to(device), mask.to(device)
-    config = GenerationConfig(max_new_tokens=32, do_sample=False, pad_token_id=0, eos_token_id=None)
+    config = GenerationConfig(max_new_tokens=job["max_new_tokens"], do_sample=False, pad_token_id=0, eos_token_id=None)
     def generate():
         found = model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
-        assert found.shape[1] == tokens.shape[1] + 32
+        assert found.shape[1] == tokens.shape[1] + job["max_new_tokens"]
     return {"together": timed(generate, 3)}
 
 for line in sys.stdin:
@@ -669,13 +673,14 @@ def share_of_copy(what, n, seconds, bandwidth):
 def bench_generate(job, args, folder):
     """Tokens a second of prompts in a batch, and one at a time."""
     all_of_them = all_figures(job, args)
-    rows = [[f"{args.base}, {job.method}, {job.dtype}, {job.batch} prompts, 32 tokens each", "tokens a second"]]
+    texts = f"{job.batch} prompts, {job.max_new_tokens} tokens each"
+    rows = [[f"{args.base}, {job.method}, {job.dtype}, {texts}", "tokens a second"]]
     for name, side in all_of_them.items():
-        rows.append([name, f"{32 * job.batch / statistics.median(side['together']):,.0f}"])
+        rows.append([name, f"{job.max_new_tokens * job.batch / statistics.median(side['together']):,.0f}"])
     print(table(rows))
     own = all_of_them["nanopeft"]
     together, alone = statistics.median(own["together"]), own["alone"][0]
-    print(f"{job.batch} prompts, 32 tokens each: {together:.2f} s together, {alone:.2f} s one at a time, "
+    print(f"{texts}: {together:.2f} s together, {alone:.2f} s one at a time, "
           f"{alone / together:.1f} times as fast")
     return all_of_them
 
@@ -803,7 +808,7 @@ def step_rows(title, job, own, theirs):
 
 def generate_rows(title, job, own, theirs):
     """The row of generation."""
-    n_tokens = 32 * BATCH_OF_PROMPTS
+    n_tokens = job.max_new_tokens * BATCH_OF_PROMPTS
     speeds = [n_tokens / figures["together"] if figures else 0 for figures in (own, theirs)]
     yield [f"generate {title}, {BATCH_OF_PROMPTS} prompts, tokens/s", *compared(*speeds), *[""] * 4]
 
@@ -863,7 +868,7 @@ def main(args):
         if args.what not in ("quant", "gpu"):
             base = base_folder(args.base, folder / "base", device.type == "cpu" or args.what == "loss")
         job = Job(args.what, base, args.rank, args.batch, args.seq, args.steps, machine.dtype_name(dtype),
-                  str(device), not args.single, args.method)
+                  str(device), not args.single, args.method, max_new_tokens=args.max_new_tokens)
         report = BENCHES[args.what](job, args, folder)
     for worker in WORKERS.values():
         worker.end()

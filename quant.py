@@ -326,11 +326,12 @@ def _decode(packed, scales, code, n, block):
 
 def _values(packed, code, n):
     """The levels of n packed codes, (n,) float32."""
-    if code.signed and device_type(packed) == "cpu":
+    on_cpu = device_type(packed) == "cpu"
+    if on_cpu and code.signed:
         return packed.float().div_(code.top)
-    if code.bits == 4 and device_type(packed) == "cpu":
-        pairs = _lookup(_table(_pairs, code, packed.device), packed.long())
-        return pairs.view(torch.float32)[:n]
+    if on_cpu and code.bits in (4, 8):
+        of_bytes = _table(_pairs if code.bits == 4 else _levels, code, packed.device)
+        return _lookup(of_bytes, packed.long()).view(torch.float32)[:n]
     levels = _table(_levels, code, packed.device)
     if code.signed:                    # A GPU divides by a number as it multiplies with its rounded inverse.
         return levels[packed.int() + code.top]
