@@ -799,7 +799,7 @@ def step_rows(title, job, own, theirs):
     """The row of a training step. job.base: the preset's name."""
     batch = MODELS[job.base]
     speeds = [batch * job.seq / figures["seconds"] if figures else 0 for figures in (own, theirs)]
-    flops = flops_per_token(memory.preset(job.base)) * speeds[0]
+    flops = flops_per_token(memory.architecture(job.base)) * speeds[0]
     peaks = [size(figures["peak"], 2) if figures else "-" for figures in (own, theirs)]
     ratio = own.get("predicted", 0) / own["peak"]
     share = flops / own["rate_of_products"]
@@ -840,9 +840,9 @@ def base_folder(name, folder, weights):
     if Path(name, "config.json").is_file():
         return str(Path(name).resolve())
     if name == "llama-124m":
-        config = replace(memory.preset("llama-7b"), n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
+        config = replace(memory.architecture("llama-7b"), n_layer=12, n_head=12, n_embd=768, n_ffn=2048)
     else:
-        config = memory.preset(name)
+        config = memory.architecture(name)
     if weights:
         torch.manual_seed(0)
         checkpoint.save_base(GPT(config), folder)

@@ -10,9 +10,9 @@ batches.
     encoded = encode(corpus.train, tokenizer, block_size=256)
     tokens, targets = next(Batches(encoded, batch_size=16, seed=1))  # (B, T) int64 both; target -1 is ignored
 
-Prompt and completion are tokenized apart from each other, in training and in generation alike: so
-the prompt's tokens never depend on what follows, and the mask is a position. (Tokenizing their
-concatenation may merge across the border.)
+In training as in generation the tokens of a prompt never depend on what follows it, so that the mask is
+a position. Plain prompts and completions are therefore tokenized apart (their concatenation may merge
+across the border); how conversations keep to it is said in lib/template.py.
 """
 
 import argparse
@@ -50,7 +50,7 @@ class Data:
 
     @property
     def fingerprint(self):
-        """SHA-256 of the content as JSON, [[[prompt, references], ..], ..], which is read once more for it."""
+        """SHA-256 of the content as JSON, [[[prompt, references], ..], ..]. All examples are read for it."""
         digest = hashlib.sha256()
         opening = "["
         for split in (self.train, self.val, self.test):
@@ -108,8 +108,9 @@ E2E_FOLDERS = (                  # names of the files for train, val and test
 
 
 def draw(weights, parts, size):
-    """Indices of groups of units, drawn for each of `parts` splits until it has `size` units or more. None
-    where the groups are too few, or one makes a split more than twice as large as wanted."""
+    """Draws groups at random for each of `parts` splits until it has `size` units or more. weights: how many units
+    each group has. Returns the indices of each split's groups; None where there are too few groups, or a split
+    gets more than twice `size`."""
     if len(weights) < parts + 1:
         return None
     order = iter(world.Draw(0).shuffled(range(len(weights))))
@@ -133,7 +134,7 @@ def cut(source, name, parts):
     a split would get more than twice its share, they are divided one by one.
     """
     n = len(source.keys)
-    check(n > parts, f"{name}: {n} different prompts cannot be split in {parts + 1}; add more, or files for the other splits")
+    check(n > parts, f"{name}: {n} examples cannot be divided into {parts + 1} splits; add more, or files for the other splits")
     size = min(500, max(1, n // 10))
     order, starts = in_groups(source.keys)
     drawn = draw(np.diff(starts), parts, size)
@@ -296,46 +297,47 @@ def resolved_template(template, form):
 # sequences: tokens, and which of them the model learns to write
 #
 #   ids        bos  p  p  p | c  c  c  eos
-#   counts       0  0  0  0   1  1  1  1               of a token as a target
+#   supervised   0  0  0  0   1  1  1  1               whether the model learns to write the token
 #   tokens     bos  p  p  p   c  c  c                  ids[:-1]
-#   targets     -1 -1 -1  c   c  c eos                 ids[1:], -1 where it does not count
+#   targets     -1 -1 -1  c   c  c eos                 ids[1:], -1 where not supervised
 
 
 @dataclass
 class Encoded:
     """A split as sequences of token ids, one behind the other, and what was left out of it."""
 
-    tokens: np.ndarray           # int32, of all sequences
-    counts: np.ndarray           # bool, whether a token counts as a target
-    starts: np.ndarray           # where each sequence starts in them, with the end
-    block_size: int              # no sequence has more targets, nor have batches of them
+    tokens: np.ndarray           # int32, the ids of all sequences
+    supervised: np.ndarray       # bool, whether the model learns to write the token
+    starts: np.ndarray           # where each sequence begins in these; behind the last one stands the end
+    block_size: int              # the most targets of a sequence, and of a row of a batch
     n_cut: int = 0               # sequences that lost their end to block_size
     n_dropped: int = 0           # sequences left out because they are longer than block_size
-    n_empty: int = 0             # sequences left out because nothing in them counts
+    n_empty: int = 0             # sequences left out because nothing in them is supervised
 
     @classmethod
     def of(cls, sequences, block_size):
-        """From (ids, counts) pairs, which may come one by one. One in which no target counts is left out."""
-        tokens, counts, starts = array("i"), bytearray(), array("q", [0])
+        """From (ids, supervised) pairs, which may come one by one. One without a supervised target is left out."""
+        tokens, supervised, starts = array("i"), bytearray(), array("q", [0])
         n_empty = 0
         for ids, which in sequences:
             if not any(which[1:]):  # fault 26
                 n_empty += 1
                 continue
             tokens.extend(ids)
-            counts += b"\0" + bytes(map(bool, which[1:]))       # Nothing stands before the first token.
+            supervised += b"\0" + bytes(map(bool, which[1:]))       # Nothing stands before the first token.
             starts.append(len(tokens))
         kind = np.int32 if len(tokens) < 2**31 else np.int64
-        counts = np.frombuffer(bytes(counts), bool)
-        return cls(np.array(tokens, np.int32), counts, np.array(starts, kind), block_size, n_empty=n_empty)
+        tokens = np.array(tokens, np.int32)
+        supervised = np.frombuffer(bytes(supervised), bool)
+        return cls(tokens, supervised, np.array(starts, kind), block_size, n_empty=n_empty)
 
     def __len__(self):
         return len(self.starts) - 1
 
     def sequence(self, i):
-        """(ids, counts) of sequence i: int32 and bool, both of its length."""
+        """(ids, supervised) of sequence i: int32 and bool, both of its length."""
         span = slice(self.starts[i], self.starts[i + 1])
-        return self.tokens[span], self.counts[span]
+        return self.tokens[span], self.supervised[span]
 
     @property
     def lengths(self):
@@ -349,8 +351,8 @@ class Encoded:
 
     @property
     def n_supervised(self):
-        """Targets that count."""
-        return int(self.counts.sum())
+        """Targets that the model learns to write."""
+        return int(self.supervised.sum())
 
 
 def check_vocabulary(ids, vocab_size, text):
@@ -362,11 +364,12 @@ def check_vocabulary(ids, vocab_size, text):
             raise ValueError(f"token {token} at index {i} of {shortened(text)!r} is beyond the vocabulary of {vocab_size}")
 
 
-def pieces(ids, counts, block_size):
-    """A sequence as a list of (ids, counts), each of at most block_size targets. The last token of one is
+def pieces(ids, supervised, block_size):
+    """A sequence as a list of (ids, supervised), each of at most block_size targets. The last token of one is
     the first of the next, where it is no target."""
     starts = range(0, max(len(ids) - 1, 1), block_size)
-    return [(ids[start:start + block_size + 1], counts[start:start + block_size + 1]) for start in starts]
+    spans = [slice(start, start + block_size + 1) for start in starts]
+    return [(ids[span], supervised[span]) for span in spans]
 
 
 TRAIN_ON = ("completion", "prompt+completion")
@@ -379,14 +382,14 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
 
     A sequence of more than block_size tokens is refused, or cut, or dropped, and counted (too_long). Text
     without a prompt is none of these: it goes on in the next sequence. vocab_size is the model's, where
-    it differs from the tokenizer's. train_on: whether the prompt counts too. chat: a lib.template.Chat,
+    it differs from the tokenizer's. train_on: whether the prompt is supervised too. chat: a lib.template.Chat,
     which conversations need.
     """
     check(too_long in TOO_LONG, f"too_long is {too_long!r}; it must be one of {', '.join(TOO_LONG)}")
     check(train_on in TRAIN_ON, f"train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
     check(block_size >= 1, f"block_size is {block_size}; it must be at least 1")
     check(len(examples), "there are no examples to encode: the split is empty")
-    made = Format(tokenizer, template, chat)
+    rendering = Format(tokenizer, template, chat)
     lost = Counter()
 
     def sequences():
@@ -394,15 +397,15 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
             references = example.references if all_references else example.references[:1]
             for reference in references:
                 with located_in(examples, i):
-                    ids, n_prompt = made.sequence(example, reference)
+                    ids, n_prompt = rendering.sequence(example, reference)
                 if chat is None and ids[n_prompt:] in ([], [tokenizer.eos]):
                     lost["empty"] += 1                           # The end alone would teach to say nothing.
                     continue
                 check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
                 n_masked = n_prompt if train_on == "completion" else 0
-                counts = [False] * n_masked + [True] * (len(ids) - n_masked)
+                supervised = [False] * n_masked + [True] * (len(ids) - n_masked)
                 is_text = not example.prompt and example.messages is None
-                yield from fitted(pieces(ids, counts, block_size), example, too_long, lost, is_text)
+                yield from fitted(pieces(ids, supervised, block_size), example, too_long, lost, is_text)
 
     encoded = Encoded.of(sequences(), block_size)
     encoded.n_cut, encoded.n_dropped = lost["cut"], lost["dropped"]
@@ -423,19 +426,19 @@ def located_in(examples, i):
         raise ValueError(f"{examples.place(i)}: {error}") from None
 
 
-def fitted(kept, example, too_long, lost, is_text):
+def fitted(parts, example, too_long, lost, is_text):
     """Those pieces of a sequence that are trained on. ValueError where too_long says so."""
-    if len(kept) == 1 or is_text:
-        return kept
-    tokens = sum(len(ids) - 1 for ids, _ in kept)
-    block_size = len(kept[0][0]) - 1
+    if len(parts) == 1 or is_text:
+        return parts
+    tokens = sum(len(ids) - 1 for ids, _ in parts)
+    block_size = len(parts[0][0]) - 1
     check(too_long != "refuse", f"{shortened(example.prompt)!r} and its text have {tokens} tokens, block_size is {block_size}; "
                                 "raise it, or set too_long to cut or drop")  # fault 27
     if too_long == "drop":
         lost["dropped"] += 1
         return []
     lost["cut"] += 1
-    return kept[:1]
+    return parts[:1]
 
 
 def padded(length, block_size):
@@ -445,25 +448,25 @@ def padded(length, block_size):
 
 
 def collate(sequences, block_size):
-    """[(ids, counts)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
+    """[(ids, supervised)] -> tokens, targets: (B, T) int64, padded at the right with 0 and -1."""
     B = len(sequences)
     T = padded(max(len(ids) for ids, _ in sequences) - 1, block_size)
     tokens = np.zeros((B, T), np.int64)
     targets = np.full((B, T), -1, np.int64)
-    for row, (ids, counts) in enumerate(sequences):
+    for row, (ids, supervised) in enumerate(sequences):
         end = len(ids) - 1
         tokens[row, :end] = ids[:-1]
-        targets[row, :end] = np.where(counts[1:], ids[1:], -1)
+        targets[row, :end] = np.where(supervised[1:], ids[1:], -1)
     return torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 def collate_packed(sequences, block_size):
-    """[(ids, counts)] -> tokens, targets: (1, T) int64 with the sequences side by side, and their lengths. At the
-    end stands one more without targets, so that T is a multiple of 64, of which numbers there are fewer."""
+    """[(ids, supervised)] -> tokens, targets: (1, T) int64 with the sequences side by side, and their lengths. A last
+    sequence without targets fills the row up to a multiple of 64 tokens, so that fewer lengths occur."""
     lengths = [len(ids) - 1 for ids, _ in sequences]
     rest = -sum(lengths) % min(64, block_size)
     tokens = [ids[:-1] for ids, _ in sequences]
-    targets = [np.where(counts[1:], ids[1:], -1) for ids, counts in sequences]
+    targets = [np.where(supervised[1:], ids[1:], -1) for ids, supervised in sequences]
     tokens = np.concatenate([*tokens, np.zeros(rest)]).astype(np.int64)
     targets = np.concatenate([*targets, np.full(rest, -1)]).astype(np.int64)
     lengths += [rest] if rest else []
@@ -475,8 +478,8 @@ def collate_packed(sequences, block_size):
 
 
 class Batches:
-    """Endless batches of sequences of like length. An epoch is a permutation. Where the batch does
-    not divide it, the few left over open the next one, so that every batch is full. Every process
+    """Batches of sequences of similar length, without end. An epoch is a permutation of the sequences. Those left
+    over at its end open the next epoch's first batch, so that every batch is full. Every process
     draws the same global batch of batch_size * world_size sequences and takes its own rows of it:
     two processes of batch 8 see what one of 16 sees.
 
@@ -501,7 +504,7 @@ class Batches:
 
     def plan_of(self, epoch):
         """(n_batches, global_batch) indices: the full batches that end within this epoch of the
-        stream of permutations. It depends on seed and epoch alone, so two numbers are the state."""
+        stream of permutations. It depends on seed and epoch alone, so that (epoch, index) is the whole state."""
         n, G = len(self.encoded), self.global_batch
         start = epoch * n // G * G
         stop = (epoch + 1) * n // G * G

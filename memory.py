@@ -7,7 +7,7 @@ Where the bytes go, before the run and without the GPU.
     python memory.py --model llama-3.1-8b --method full,lora --json > a.json # for plot.py memory a.json
     python memory.py --model llama-3.1-8b --method lora,qlora --fit 24GB     # the largest batch
     python memory.py --model gpt2-xl --fit 16GB --grow seq           # the longest sequence
-    python memory.py --table                               # the README's
+    python memory.py --table                               # the table of results/README.md
 
 The simulation runs the very step that train.py runs, on tensors of torch's device "meta", which have shapes and
 no content, and counts live storage at every operation. On the device "cuda" sizes are rounded as its caching
@@ -94,7 +94,7 @@ from lib import kernels, origin, run
 from lib.generation import Cache, next_logits, ready_layers, sample
 from lib.hollow import NothingDrawn, hollow
 from lib.machine import dtype_name
-from model import GPT, PRESETS
+from model import GPT, PRESETS, GPTConfig
 
 # -----------------------------------------------------------------------------
 # the slide's formula
@@ -127,8 +127,8 @@ ALLOCATION_UNIT = {"cuda": 512, "cpu": 1}       # an allocation takes a multiple
 
 def cublas_workspaces(n_threads):
     """
-    Bytes that cuBLAS asks of the allocator: for each thread that multiplies, of which the backward pass has one
-    of its own. Where there is a GPU in use it says how many these are, else it counts as older than Hopper.
+    Bytes of cuBLAS's workspaces, one for each thread that multiplies; the backward pass has a thread of its own.
+    Their size is that of the GPU in use, and of GPUs before Hopper where none is.
     """
     hopper = torch.cuda.is_initialized() and torch.cuda.get_device_capability() == (9, 0)
     return n_threads * (2**25 if hopper else 8_519_680)
@@ -330,8 +330,9 @@ class Tracker(TorchDispatchMode):
 
     def maxima(self, near):
         """
-        {moment: after how many changes most bytes were live within it}. The moments are what stands between
-        two marks, of the blocks those that are at most `near` blocks away from the first or the last one.
+        {moment: after how many changes most bytes were live within it}. A moment lasts from one mark to the next.
+        Of the blocks' moments those of blocks at most `near` blocks from the first or the last one count. The key
+        holds that distance, so that models of different depth have the same moments.
         """
         totals, found, last = self.totals(), {}, len(self.blocks) - 1
         seen = Counter()
@@ -356,9 +357,9 @@ def ordered(parts, layers):
 # -----------------------------------------------------------------------------
 # many blocks from a few: all blocks of a kind take the same memory
 
-# What is live at a moment of the first block's pass, or of the last one's, grows with the number of blocks by
-# the same bytes for each; and of the blocks between them none has a moment of its own with more than both. So
-# two models with a few blocks tell the moments of one with many.
+# The bytes that are live at a moment of the first or the last block's pass grow by the same amount with every
+# block that is added, and no block in between peaks higher than both ends. So two models with few blocks tell
+# the peak of one with many.
 
 
 def period(config, method, storage):
@@ -398,12 +399,12 @@ def report_by_few_blocks(track, config, method, storage):
 
 
 def grown(of_small, of_large, times):
-    """What is of_small with few blocks and of_large with one period more, with that many periods more."""
+    """The value after `times` more periods, where of_small is that of the small model, of_large of one with a period more."""
     return of_small + (of_large - of_small) * times
 
 
 def stretched(layers, n_layer, P, times):
-    """{layer: bytes} of n_layer blocks, with the period of P blocks behind the first P + 1 so many times more."""
+    """{layer: bytes} of n_layer blocks -> the same where the P blocks behind the first P + 1 come `times` more times."""
     result = Counter({"": layers[""]})
     for k in range(n_layer + times * P):
         beyond = max(0, k - 2 * P)                               # behind the period's first time
@@ -420,7 +421,7 @@ def stretched(layers, n_layer, P, times):
 def simulation(device):
     """Within it tensors have no content and take the path of a "cpu" or "cuda" device."""
     import torch._dynamo        # Torch's optimizers import it; within, torch 2.6 fails to.
-    with torch.device("meta"), kernels.simulated_device(device), quant.simulated():
+    with torch.device("meta"), kernels.simulated_device(device), quant.fresh_tables():
         yield
 
 
@@ -475,7 +476,7 @@ def simulate(config, method="lora", batch=1, seq=512, dtype=torch.bfloat16, devi
     peak can be lower, because Adam's states are counted as being there. ValueError where such a batch does not
     fit into the model's context.
     """
-    config = preset(config) if isinstance(config, str) else config
+    config = architecture(config)
     check_shape(config, method, batch, seq, options)
     storage = storage or peft.default_storage(method)
     settings = checkpointing, gradient_accumulation_steps, grad_clip, label_smoothing, offload, packed
@@ -509,7 +510,7 @@ def tracked_step(model, knobs, batch, seq, device, checkpointing, accumulation, 
     scaler = run.make_scaler(dtype_name(model.dtype), "cpu")
     scaler.scale(torch.zeros(()))                                # Its two numbers are made by its first use.
     # The step makes the codes' tables anew, so that they count in it.
-    with quant.simulated(), Tracker(model, optimizer, device) as tracker:
+    with quant.fresh_tables(), Tracker(model, optimizer, device) as tracker:
         micro_batches = [torch.zeros(2, batch, seq, dtype=torch.int64)           # tokens and targets
                          for _ in range(accumulation)]
         if packed:
@@ -526,7 +527,7 @@ def simulate_generation(config, method="lora", batch=1, seq=512, dtype=torch.bfl
     bytes. It is of the first token, from a prompt of all seq tokens but one, and the last one; the copies of the
     layers count as made, though a process that lacks the memory goes on without. Arguments as for simulate.
     """
-    config = preset(config) if isinstance(config, str) else config
+    config = architecture(config)
     check_shape(config, method, batch, seq, options)
     storage = storage or peft.default_storage(method)
 
@@ -554,11 +555,13 @@ def tracked_generation(model, batch, seq, device):
     return tracker
 
 
-def preset(name):
-    """The GPTConfig of that name; ValueError with the nearest names."""
-    nearest = difflib.get_close_matches(name, PRESETS, 3, 0.0)
-    check(name in PRESETS, f"unknown model {name!r}; the nearest are {', '.join(nearest)}")
-    return PRESETS[name]
+def architecture(model):
+    """The GPTConfig that model is or, as a name of PRESETS, stands for; ValueError with the nearest names."""
+    if isinstance(model, GPTConfig):
+        return model
+    nearest = difflib.get_close_matches(model, PRESETS, 3, 0.0)
+    check(model in PRESETS, f"unknown model {model!r}; the nearest are {', '.join(nearest)}")
+    return PRESETS[model]
 
 
 def longest_sequence(config, method, options):
@@ -626,7 +629,7 @@ def max_batch(config, memory, method="lora", seq=512, grow="batch", batch=1, **s
     The largest batch (grow "seq": the longest sequence of that batch) whose step's peak is at most memory,
     bytes; 0 if not even 1 fits. settings: the other arguments of simulate.
     """
-    config = preset(config) if isinstance(config, str) else config
+    config = architecture(config)
     limit = 2**20 if grow == "batch" else longest_sequence(config, method, settings)
 
     def need(n):
@@ -695,7 +698,7 @@ attention keeps (heads, seq, seq) several times over and whose allocator held ba
 taken: the numbers should differ, and the more so the longer the sequence."""
 
 
-TABLE = {       # model -> the methods that the README's table has of it
+TABLE = {       # model -> its methods in the table of results/README.md
     "gpt2-medium": ("full", "adapter", "prefix", "lora", "qlora"),
     "gemma-3-4b": ("full", "lora", "qlora"),
     "llama-3.1-8b": ("full", "adapter", "prefix", "lora", "qlora"),
@@ -705,10 +708,10 @@ TABLE = {       # model -> the methods that the README's table has of it
 }
 
 
-def readme_table():
+def results_table():
     """
-    Yields the README's table, each line as soon as it is known: models by methods, the peak at sequence 512
-    and batch 1, and the largest batches.
+    Yields the table of results/README.md, each line as soon as it is known: models by methods, the peak at
+    sequence 512 and batch 1, and the largest batch on three sizes of card.
     """
     header = ["model", "method", "peak at 1 x 512", "batch on 16 GB", "24 GB", "80 GB"]
     yield table([header], markdown=True)
@@ -726,7 +729,7 @@ def readme_table():
 
 def load_config(name):
     """The GPTConfig of a preset, or of the config.json of a folder in Hugging Face layout."""
-    return origin.read_config(name) if Path(name, "config.json").is_file() else preset(name)
+    return origin.read_config(name) if Path(name, "config.json").is_file() else architecture(name)
 
 
 def settings_of(args):
@@ -764,7 +767,7 @@ def main(args):
     elif args.bert:
         print(bert(args.fit or 12 * 10**9))
     elif args.table:
-        for line in readme_table():
+        for line in results_table():
             print(line, flush=True)
     else:
         own_model(args)

@@ -8,10 +8,10 @@ One GPT-style transformer by configuration. It knows nothing of PEFT, quantizati
 
 Models differ by orthogonal features of GPTConfig, each of which acts in one place.
 
-Three things are left open for others to replace, and are written so that they can be: a linear layer is
-only called and asked for `in_features` and `out_features`; `Attention.forward` and `Block.forward` read
-like the slides; and `Embed` may put positions of its own in front of the tokens', because the model keeps
-the last T.
+Three things are written to be replaced by others. A linear layer is only called, and asked by
+lib/generation.py for `dense` or `factors` if it has them; `Attention.forward` and `Block.forward` read like
+the slides; what takes the place of `Embed` may put vectors in front of the tokens', because the model keeps
+the last T positions.
 
 The weights may lie in another type than the computation's (float32 masters, bfloat16 activations): every
 layer casts its weight to the type of its input. Autocast does the same, but keeps a cast copy of each
@@ -169,7 +169,7 @@ class Norm(nn.Module):
 
     def forward(self, x):
         weight = self.weight
-        # A weight of which 1 is left out is small, and adding 1 in the type of x would round it away.
+        # The weight is stored without its offset: it is small, and a sum in bfloat16 would round it away.
         weight = weight.to(accurate(x.dtype)) + self.offset if self.offset else weight.to(x.dtype)
         if weight.dim() == 2:
             return self.normed(x, weight.new_ones(x.size(-1))) * weight.unsqueeze(1)
@@ -233,7 +233,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.d_head
         self.window = config.windows[layer] if config.windows else 0
-        self.positions = self.kind_of_positions(config, layer)
+        self.rope_kind = self.kind_of_rope(config, layer)
         self.scale = config.attention_scale * math.sqrt(config.d_head) or 1.0     # beside attend's own
         queries, keys = config.n_head * config.d_head, config.kv_heads * config.d_head
         self.q = Linear(config.n_embd, queries, bias=config.has_bias("q"))
@@ -247,7 +247,7 @@ class Attention(nn.Module):
                       "heads": [(config.n_head, self.head_dim), (config.kv_heads, self.head_dim)]}
             self.q_norm, self.k_norm = (Norm(config, *shape, bias=False) for shape in shapes[config.qk_norm])
 
-    def kind_of_positions(self, config, layer):
+    def kind_of_rope(self, config, layer):
         """Which of the model's rotary positions this layer has: "rope", "local_rope" or "none"."""
         if config.position != "rope" or layer in config.unrotated:
             return "none"
@@ -280,7 +280,7 @@ class Attention(nn.Module):
             return self.attend_apart(q, k, v, mask)
         if T == 1 < S and device_type(q) == "cpu":               # Without a mask it sees all keys.
             return attention_of_one(q, k, v, mask)
-        # In float32 torch's kernel is faster for short sequences, and can be compiled along.
+        # In float32 a compiler takes torch's own kernel along with what is around it.
         traced = torch.compiler.is_compiling() and q.dtype == torch.float32
         if mask is None and device_type(q) == "cpu" and not traced:
             return causal_attention(q, k, v, self.window)
@@ -288,7 +288,7 @@ class Attention(nn.Module):
             mask = causal_mask(T, S, self.window, q.device)
         groups = q.size(1) // k.size(1)
         if groups > 1 and T > 1 and (mask is not None or q.dtype == torch.float32) and device_type(q) != "cpu":
-            # A GPU's kernels for masks, or for float32, want as many keys as queries; others make all scores.
+            # For masks or float32 a GPU's kernels without scores want as many heads of keys as of queries.
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         if simulating():
             return simulated_attention(q, k, v, mask)
@@ -431,7 +431,7 @@ class GPT(nn.Module):
         pos = pos if pos.dim() == 2 else pos.unsqueeze(0)
         pos = pos.clamp(min=0).unsqueeze(-1)
         ropes = {"none": None}
-        for name in dict.fromkeys(block.attn.positions for block in self.blocks):
+        for name in dict.fromkeys(block.attn.rope_kind for block in self.blocks):
             if name == "none":
                 continue
             frequency = self.get_buffer(f"{name}_frequencies")
@@ -461,7 +461,7 @@ class GPT(nn.Module):
         masks = self.masks(cache, pos.expand(B, -1))
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for i, block in enumerate(self.blocks):
-            rope, mask = ropes[block.attn.positions], masks.get(block.attn.window, apart)
+            rope, mask = ropes[block.attn.rope_kind], masks.get(block.attn.window, apart)
             if recompute:
                 x = checkpoint(block, x, rope, mask, None, use_reentrant=False)
             else:

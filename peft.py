@@ -8,7 +8,7 @@ The lecture's chapter on PEFT: every method a plain function that changes the mo
     peft.detach(model)                                                       # the base again, bit for bit
     peft.load_adapter(model, "adapter.pt")
 
-Methods attach at four levels, so that any of them combine: a wrapper around a linear layer (LoRA, (IA)3), the forward of an
+Methods attach at four levels, so that methods of different kinds combine: a wrapper around a linear layer (LoRA, (IA)3), the forward of an
 attention (prefix tuning), the forward of a block (adapters), the input (prompt tuning). The rest, UNFREEZING, only unfreezes.
 Nothing writes to a frozen tensor of the base, and only a call of merge changes a weight; train() and eval() never do.
 
@@ -16,7 +16,6 @@ A new method is a function here, which notes itself with note_method, and a row 
 method's options: the command line reads their names, defaults and comments from this file.
 """
 
-import difflib
 import inspect
 import math
 from collections import Counter
@@ -28,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import quant
-from lib.checks import checked
+from lib.checks import check_known, checked
 from lib.files import (check, combine_hashes, holds_tensors_by_name, read_file, sample_hash, save_file,
                        some)
 
@@ -42,7 +41,7 @@ class Attached:
     methods: dict = field(default_factory=dict)     # {method: its options}, in the order of attaching
     unfrozen: list = field(default_factory=list)    # (parameter of the base, method, old value on the host)
     replaced: list = field(default_factory=list)    # (module, attribute, module that was there or None)
-    merged: list | None = None                      # the same of the layers that merge has replaced
+    merged: list | None = None                      # the same of the layers that merge has replaced, or None
 
 
 UNFREEZING = ("full", "top", "bitfit", "embed", "head", "norm")     # methods that train tensors of the base and add none
@@ -91,7 +90,7 @@ def put_back(replaced):
 
 class LinearWrapper(nn.Module):
     """Stands around a linear layer, which may be dense, stored (quantized) or wrapped itself."""
-    dense_only_in = torch.float32        # bfloat16 would round s B A away where it is added to W_0
+    dense_only_in = torch.float32        # in bfloat16 W_0 + s B A would round s B A away; the two stay apart
 
     def __init__(self, base):
         super().__init__()
@@ -169,8 +168,8 @@ def wrap_linears(model, Wrapper, rank, alpha, dropout, targets, rslora):
 
 
 def target_places(model, targets):
-    """[(parent, name)] of the layers to wrap. targets: "all", or their names joined by commas. Within an (IA)3 it is the layer
-    that this scales, because (IA)3 scales the result of LoRA."""
+    """[(parent, name)] of the layers to wrap. targets: "all", or their names joined by commas. Where (IA)3
+    scales a layer, the place is the layer within it, because (IA)3 scales the result of LoRA."""
     known = list(dict.fromkeys(name for _, name, _ in linears(model)))
     wanted = known if targets == "all" else targets.split(",")
     for name in wanted:
@@ -246,8 +245,10 @@ def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False
 
 
 class VeRA(LinearWrapper):
-    """h = W_0 x + (b * B) (d * A) x. All layers share A and B, random and frozen; d (r,) and b (out,) scale the rows of their own
-    share of them and are trained (Kopiczko et al. 2024, eq. 2)."""
+    """h = W_0 x + (b * B) (d * A) x (Kopiczko et al. 2024, eq. 2).
+
+    A and B are random, frozen, and shared by all layers, each of which takes as many columns of A and rows of B as it needs;
+    d (r,) and b (out,), which scale the rows of A and B, are the layer's own and trained."""
     method = "vera"
 
     def __init__(self, base, A, B, dropout):
@@ -296,7 +297,8 @@ def add_vera(model, rank=8, dropout=0.0, targets="all"):
     B = B.to(device_of(model))
     for (parent, name), layer in zip(places, layers):
         put(model, parent, name, VeRA(layer, A, B, dropout))
-    return f"vera: r {rank}, wrapped {len(places)} linear layers"
+    n_linear = len(list(linears(model)))
+    return f"vera: r {rank}, wrapped {len(places)} of {n_linear} linear layers"
 
 
 # -----------------------------------------------------------------------------
@@ -369,7 +371,7 @@ class Adapter(nn.Module):
 
 
 def transformer_block_with_adapter(self, x, rope=None, mask=None, cache=None):
-    """The slide's block, but that `attention` and `feed_forward` have their norms within. `self` is a Block."""
+    """The slide's block; here the norms lie within `attention` and `feed_forward`. `self` is a Block."""
     residual = block_input = x
     x = self.attention(x, rope, mask, cache)
     x = self.adapter1(x)
@@ -391,15 +393,16 @@ def add_adapter(
     adapter_size=64,            # bottleneck width
     adapter_activation="relu",  # relu, gelu, swish or tanh
 ):
-    """Bottleneck adapters. houlsby (Houlsby et al. 2019): after the attention and after the FFN; pfeiffer (2021): after the
-    FFN's sum; lin (Lin et al. 2020): the same, with a LayerNorm of its own."""
+    """Bottleneck adapters. houlsby (Houlsby et al. 2019): after the attention and after the FFN; pfeiffer (Pfeiffer et al.
+    2021): after the FFN's sum; lin (Lin et al. 2020): the same, with a LayerNorm of its own."""
     activations = ", ".join(Adapter.ACTIVATIONS)
     check(adapter_style in ("houlsby", "pfeiffer", "lin"), f"adapter_style is {adapter_style!r}; it must be houlsby, pfeiffer or lin")
     check(adapter_activation in Adapter.ACTIVATIONS, f"adapter_activation is {adapter_activation!r}; it must be one of {activations}")
     note_method(model, "adapter", adapter_style=adapter_style, adapter_size=adapter_size, adapter_activation=adapter_activation)
-    names, forward = ("adapter2",), transformer_block_with_one_adapter
-    if adapter_style == "houlsby":
+    if adapter_style == "houlsby":                               # adapter1 follows the attention, adapter2 the FFN
         names, forward = ("adapter1", "adapter2"), transformer_block_with_adapter
+    else:
+        names, forward = ("adapter2",), transformer_block_with_one_adapter
     Linear, d, norm = type(model.head), model.config.n_embd, adapter_style == "lin"
     for block in model.blocks:
         for name in names:
@@ -549,9 +552,10 @@ def add_prompt(
     """Prompt tuning (Lester et al. 2021): prompt_length trained vectors before the input embeddings. They start as the embeddings
     of prompt_ids, token ids repeated as often as needed, or at random with the deviation of the embeddings."""
     vocab_size = model.config.vocab_size
-    known = prompt_ids is None or len(prompt_ids) and max(prompt_ids) < vocab_size
     check_length(model, "prompt_length", prompt_length)
-    check(known, f"prompt_ids must be tokens below {vocab_size}, at least one")
+    if prompt_ids is not None:
+        known = len(prompt_ids) > 0 and max(prompt_ids) < vocab_size
+        check(known, f"prompt_ids must be tokens below {vocab_size}, at least one")
     note_method(model, "prompt", prompt_length=prompt_length)
     prompt = wrap_embedding(model)
     table = prompt.base.tokens.weight
@@ -679,12 +683,6 @@ def options_of(add):
 DEFAULTS = {option: default for add in METHODS.values() for option, default in options_of(add).items()}
 
 
-def check_known(what, name, known):
-    """ValueError, with the nearest of the known names, unless name is one of them."""
-    nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
-    check(name in known, f"unknown {what} {name!r}; the nearest is {nearest!r}")
-
-
 def method_names(method):
     """"lora+prefix" -> ["lora", "prefix"], in the order of METHODS. Unknown names and two of one kind are refused."""
     names = method.split("+")
@@ -722,7 +720,7 @@ def apply(model, method, **options):
 
 
 def keep_trained_in(model, dtype):
-    """Makes what is trained of that torch.dtype, float32 until here."""
+    """Casts the trained parameters, float32 until here, to dtype."""
     for _, p, method in parameters_by_method(model):
         if method:
             p.data = p.data.to(dtype).contiguous()
@@ -773,12 +771,12 @@ NOT_A_WEIGHT = ("prefix", "prompt", "adapter")     # methods that no change of t
 
 
 def merge(model, requantize=False):
-    """Puts LoRA and (IA)3 into the weights, W_0 + s B A in float32, kept in the compute type; unmerge undoes it. What methods that
-    add nothing train (UNFREEZING) is in the weights already. Returns {"layers": number of layers merged}.
+    """Replaces each layer that LoRA's kin or (IA)3 wrap by one with the merged weight, computed in float32 and kept in the compute
+    type; unmerge undoes it. What the methods of UNFREEZING train is in the weights already. Returns {"layers": layers merged}.
 
-    requantize: stores a merged weight again as the base's was. The small changes of an adapter can vanish in that; the result
-    then tells what became of the logits, by their mean absolute differences: "adapter" (of adapter and base), "kept" (of merged
-    and base), "error" (of merged and adapter).
+    requantize: a merged weight is stored again as the base's was. The small changes of an adapter can vanish in that, so the
+    result also holds mean absolute differences of logits: "adapter" (adapter to base), "kept" (merged to base) and "error"
+    (merged to adapter).
     """
     check(methods(model), "nothing is attached that could be merged")
     check(not is_merged(model), "the model is merged already; unmerge it first")  # fault 40
@@ -809,7 +807,7 @@ def merged_linear(model, wrapper, requantize):
     if requantize and isinstance(base, quant.QuantLinear):
         q = base.weight_q
         stored = quant.quantize(weight.to(q.dtype), q.scheme, q.block, q.double)
-        return quant.QuantLinear(stored, bias, base.compute_dtype)
+        return quant.QuantLinear(stored, bias)
     layer = type(model.head)(base.in_features, base.out_features, device="meta")
     layer.weight = nn.Parameter(weight)
     layer.bias = None if bias is None else nn.Parameter(bias)
@@ -820,8 +818,6 @@ def merged_weight(layer):
     """weight (out, in) and bias (out,) or None, float32, of a linear layer with its wrappers, of which the inner acts first."""
     if isinstance(layer, LinearWrapper):
         return layer.merged(*merged_weight(layer.base))
-    if isinstance(layer, quant.QuantLinear):
-        return layer.dequantize(torch.float32), None if layer.bias is None else layer.bias.float()
     return layer.dense(torch.float32)
 
 
@@ -913,7 +909,7 @@ def count_parameters(model):
 
 def param_groups(model, learning_rate, weight_decay, lora_plus_ratio):
     """Groups for an optimizer: matrices decay, vectors, norms and soft prompts do not; B of LoRA has lora_plus_ratio times the learning
-    rate (LoRA+, Hayou et al. 2024). A schedule keeps to that by each group's "ratio"."""
+    rate (LoRA+, Hayou et al. 2024), which each group keeps as its "ratio" for the schedule."""
     groups = {}
     for name, p, method in parameters_by_method(model):
         if method:
@@ -1013,6 +1009,9 @@ def count_kept(model):
     return sum(t.numel() for t in tensors.values())
 
 
+PREFIX_MLP = ("E", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
+
+
 def fold_prefix(tensors):
     """The trained tensors, with the s_k and s_v that a prefix's reparametrization comes to in place of its E and MLP."""
     folded = {name: t for name, t in tensors.items() if ".attn.prefix." not in name}
@@ -1026,9 +1025,6 @@ def fold_prefix(tensors):
             s_k, s_v = F.linear(hidden, W_2, b_2).chunk(2, -1)
             folded |= {f"{start}.prefix.s_k": s_k.clone(), f"{start}.prefix.s_v": s_v.clone()}
     return folded
-
-
-PREFIX_MLP = ("E", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias")
 
 
 def save_adapter(model, path):
@@ -1058,8 +1054,7 @@ def read_adapter(path):
 
 
 def check_alone(content, path):
-    """The content (read_adapter) of an adapter that is looked at without its base, whose values are checked, and that each A has
-    its B."""
+    """Checks the content of an adapter (read_adapter) without its base: its values, and that each A fits its B. Returns it."""
     tensors = content["tensors"]
     for name, t in tensors.items():
         check_values(name, t, path)
@@ -1074,8 +1069,8 @@ def check_alone(content, path):
 def load_adapter(model, path, replace=False):
     """Attaches an adapter's methods and sets its tensors. path: a file, or the dict that read_adapter returns.
 
-    A model that carries the same methods with the same options gets the tensors alone; one that carries others is refused, or
-    with replace rid of them first (the base is not loaded again).
+    Where the model carries the same methods with the same options, the tensors alone are set. Where it carries others, that is
+    an error; with replace they are detached first.
     """
     content, where = path, "adapter"
     if not isinstance(path, dict):

@@ -1,6 +1,7 @@
 """
-The lecture's chapter on quantization: the codes NF4, int4, int8 and sixteen evenly spaced levels; their packing; double
-quantization; the linear layer in storage; and QLoRA's autograd Function. Plain torch operations, so on any device.
+The lecture's chapter on quantization: the codes (CODES: NF4, NF3, FP4, int4, int8 and sixteen evenly spaced levels); their packing;
+double quantization; the linear layer in storage; and QLoRA's autograd Function. All of it is plain torch, on any device; on a GPU
+one Triton kernel dequantizes, where Triton is there.
 
     python quant.py                                       # the slide's example, the codes, the error table
     python -m pytest -q tests/test_quant.py               # bit for bit with bitsandbytes where it is installed
@@ -106,7 +107,7 @@ def dynamic_levels(signed=True):
 DYNAMIC = Code(dynamic_levels(), bits=8)
 UNSIGNED = Code(dynamic_levels(signed=False), bits=8)
 NESTED_BLOCK = 256                                # scales that share a scale in double quantization
-BLOCKS = tuple(2**i for i in range(4, 13))        # weights that may share a scale; or those of a row
+BLOCKS = tuple(2**i for i in range(4, 13))        # how many weights may share a scale; a whole row may, too
 
 
 # -----------------------------------------------------------------------------
@@ -126,8 +127,8 @@ def _table(make, code, device):
 
 
 @contextmanager
-def simulated():
-    """Within it the tables have no content, are made anew, and none of them is left afterwards (memory.py)."""
+def fresh_tables():
+    """Within it the tables are made anew, so that a simulation counts its own, and none of them is left afterwards (memory.py)."""
     _kept_table.cache_clear()
     try:
         yield
@@ -296,7 +297,8 @@ def _encode(x, code, block):
         if not bool(absmax.isfinite().all()):
             return None
         if rows.size(1) < block and not code.signed:
-            y = rows / torch.where(absmax == 0, 1, absmax)  # as bitsandbytes does; the last bit may differ
+            # As bitsandbytes, which multiplies by the inverse in whole blocks alone; the last bit may differ.
+            y = rows / torch.where(absmax == 0, 1, absmax)
         else:
             y = _normalize(rows, absmax, code.top)
         codes = _nearest(y.view(-1), code)
@@ -345,25 +347,24 @@ def _pairs(code):
 
 
 def _fill(packed, scales, out, code, block):
-    """Fills out (n,), of any floating type, with the weights."""
-    out.copy_(_decode(packed, scales, code, len(out), block))
-
-
-def _fill_in_chunks(packed, scales, out, code, block):
-    """_fill, so that no intermediate result is as large as the weight."""
+    """Fills out (n,), of any floating type, with the weights; no intermediate result is much larger than a chunk."""
     length = _chunk_length(out, block)
-    if length >= len(out):
-        return _fill(packed, scales, out, code, block)
+    if len(out) <= length:                            # Splitting would take a fifth of a small layer's time.
+        out.copy_(_decode(packed, scales, code, len(out), block))
+        return
     packed_chunks = packed.split(length * code.bits // 8)
     scale_chunks = scales.split(length // block)
     chunks = tuple(zip(packed_chunks, scale_chunks, out.split(length)))
-    for chunk in representatives(chunks):
-        _fill(*chunk, code, block)
+    for packed_chunk, scale_chunk, part in representatives(chunks):
+        part.copy_(_decode(packed_chunk, scale_chunk, code, len(part), block))
 
 
 @functools.cache
 def _kernel():
-    """A weight from all that stores it, as one kernel of a GPU, in Triton: each number of out on its own."""
+    """
+    The Triton kernel that makes a whole weight of what is stored, double quantization included. It computes each number of
+    out on its own.
+    """
     import triton
     import triton.language as tl
 
@@ -400,8 +401,8 @@ _kernel_fails = False
 
 def _fill_by_kernel(q, out, width=4096):
     """
-    Whether the kernel filled out, (n,), with the weight that q stores. What keeps it from that, as a missing
-    C compiler does, is told once.
+    Tries to fill out (n,) with the weight that q stores; returns whether it did. The first failure, such as a missing C compiler,
+    is told once, and the kernel is not tried again.
     """
     global _kernel_fails
     n = len(out)
@@ -417,7 +418,7 @@ def _fill_by_kernel(q, out, width=4096):
         with torch.cuda.device_of(out):
             # Product and sum are rounded one after the other, as everywhere.
             _kernel()[-(-n // width),](*tensors, *numbers, enable_fp_fusion=False)
-    except Exception as error:         # whatever Triton raises that is not there, or finds no compiler
+    except Exception as error:      # Triton is missing, or lacks a compiler: errors without a common type
         _kernel_fails = True
         reason = str(error).strip().partition("\n")[0]
         print(f"dequantization has no kernel of its own here and takes longer: {reason}", file=sys.stderr)
@@ -470,7 +471,7 @@ class QuantizedTensor:
     A weight in storage. Made by `quantize`; immutable: do not write into its tensors.
 
         packed    (packed_length(n, bits),) uint8, or int8 where the code is signed
-        absmax    (n_blocks,) float32; with double quantization uint8, codes of DYNAMIC, and then also
+        absmax    (n_blocks,) float32; with double quantization uint8, codes of DYNAMIC, and there are also
         absmax2   (ceil(n_blocks / 256),) float32, the scales of the scales
         offset    () float32, the mean that was taken off
     """
@@ -542,9 +543,11 @@ class QuantizedTensor:
         if out is None:
             out = self.packed.new_empty(self.shape, dtype=dtype or self.dtype)
         flat = out.view(-1)                                      # An error where it is not contiguous.
-        if device_type(out) != "cuda" or not (simulating() or _fill_by_kernel(self, flat)):
-            code = CODES[self.scheme]
-            _fill_in_chunks(self.packed, self.scales(), flat, code, self.weights_per_scale)
+        filled = False
+        if device_type(out) == "cuda":
+            filled = simulating() or _fill_by_kernel(self, flat)               # It needs no memory but out.
+        if not filled:
+            _fill(self.packed, self.scales(), flat, CODES[self.scheme], self.weights_per_scale)
         return out
 
 
@@ -789,12 +792,11 @@ stored_product.register_autograd(_times_stored, setup_context=_save_stored)
 class QuantLinear(nn.Module):
     """A frozen nn.Linear in storage: its quantized tensors are buffers, so they move, save and broadcast with the model."""
 
-    def __init__(self, q, bias=None, compute_dtype=None):
-        """q: QuantizedTensor (out, in); bias (out,) or None; compute_dtype: None for the type of the input."""
+    def __init__(self, q, bias=None):
+        """q: QuantizedTensor (out, in); bias (out,) or None."""
         super().__init__()
         self.out_features, self.in_features = q.shape
         self.meta, self.names = q.meta, tuple(q.tensors())
-        self.compute_dtype = compute_dtype
         for name, tensor in q.tensors().items():
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -822,11 +824,9 @@ class QuantLinear(nn.Module):
 
     def dense(self, dtype):
         """Weight (out, in) and bias (out,) or None as the layer computes with them on inputs of that type."""
-        dtype = self.compute_dtype or dtype
         return self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype)
 
     def forward(self, x):
-        x = x.to(self.compute_dtype or x.dtype)
         return lora_linear(x, self.weight_q, self.bias, None, None, 0.0)
 
     def _apply(self, fn, recurse=True):

@@ -58,7 +58,7 @@ PRETRAIN = Config(
 
 
 def with_base(config):
-    """The configuration with a base in it. A dry run before there is one is told about an untrained one."""
+    """The configuration with a base in it, which is pretrained where there is none; a dry run reports about an untrained one."""
     if config.base:
         return config
     if machine.RANK == 0 and not config.dry_run:
@@ -172,10 +172,10 @@ def describe(run, report):
         say("end        the base has never seen its own end token; texts end with its beginning-of-sequence token")
     say(f"folder     {run.folder}")
     rows = config.batch_size // machine.WORLD_SIZE
-    longest = encoded.lengths.max()
-    length = int(data.padded(longest, encoded.block_size))
-    alone = " without fsdp" if config.fsdp else " of the uncompiled step" if config.compile else ""
-    say(f"memory     {size(predict(run, rows, length))} predicted at the peak{alone}, for {rows} x {length} tokens; "
+    length = int(data.padded(encoded.lengths.max(), encoded.block_size))
+    unlike = " of the uncompiled step" if config.compile else ""
+    unlike = " without fsdp" if config.fsdp else unlike          # These two do not go together.
+    say(f"memory     {size(predict(run, rows, length))} predicted at the peak{unlike}, for {rows} x {length} tokens; "
         f"{size(predict_generation(run, length))} while it writes samples")
 
 
@@ -228,10 +228,12 @@ def measured(run, micro_batches):
         with memory.Tracker(run.model, run.optimizer) as tracker:
             yield
         peak = tracker.report()["peak"]
-    packed = [lengths for _, _, *rest in micro_batches for lengths in rest]
     batch = len(micro_batches[0][0])
     length = max(tokens.size(1) for tokens, *_ in micro_batches)
-    predicted = predict(run, 1, 1, packed) if packed else predict(run, batch, length)
+    if run.config.packing:
+        predicted = predict(run, 1, 1, [lengths for _, _, lengths in micro_batches])
+    else:
+        predicted = predict(run, batch, length)
     say(f"memory     step {run.progress['step'] + 1}, {batch} x {length}: measured {size(peak)}, predicted {size(predicted)} "
         f"(ratio {peak / predicted:.2f}); resident {size(machine.resident_bytes())}")
 
@@ -242,8 +244,8 @@ def measured(run, micro_batches):
 
 def loop(run):
     """
-    Trains until max_iters, or until patience is at its end (True), or until somebody asks for an end (False).
-    The state is saved either way.
+    Trains until max_iters, or until patience is at its end, and returns True; False where somebody asked for an
+    end. The state is saved either way.
     """
     config, model, progress = run.config, run.model, run.progress
     interrupt, first, told = Interrupt(), progress["step"], dict(progress)
@@ -297,11 +299,12 @@ def loop(run):
 def ratio_of_B(run):
     """How many times the learning rate LoRA's B learns at (LoRA+); 1 where there is none."""
     groups = peft.param_groups(run.model, 1.0, 0.0, run.config.lora_plus_ratio)
-    return max((group["ratio"] for group in groups), key=lambda ratio: abs(ratio - 1))
+    others = [group["ratio"] for group in groups if group["ratio"] != 1]
+    return others[0] if others else 1.0
 
 
 def has_patience(run):
-    """Whether the run goes on: not where the last evaluations had no better loss, patience of them."""
+    """Whether the run goes on. After `patience` evaluations in a row without a better loss it says so, and does not."""
     patience, waited = run.config.patience, run.progress["waited"]
     goes_on = not patience or waited < patience
     if not goes_on:
@@ -361,9 +364,7 @@ def skip_or_stop(run, loss, norm, micro_batches):
 
 
 def finish(run):
-    """
-    Puts the best adapter back, writes samples and metrics, and says what to do next. Returns the metrics.
-    """
+    """Puts the best adapter back, writes samples and metrics, says what to do next. Returns the metrics."""
     config, folder, progress = run.config, run.folder, run.progress
     adapter = folder / "adapter.pt"
     trainable = peft.count_parameters(run.model)["trainable"]    # fault 47
@@ -372,7 +373,7 @@ def finish(run):
         model_folder.write_model(run.model, folder, run.tokenizer)
     after = samples(run)
     if machine.RANK:
-        return None                                              # Under fsdp it was needed for the samples.
+        return None                                              # Under fsdp the samples need every process.
     text = "\n".join(f"prompt: {prompt}\nbefore: {old}\nafter:  {new}\n"
                      for (prompt, old), (_, new) in zip(progress["samples"], after))
     metrics = {

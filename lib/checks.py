@@ -11,6 +11,7 @@ model are, so that nothing is computed or allocated for a number that cannot be 
 """
 
 import argparse
+import difflib
 import json
 import math
 import os
@@ -23,6 +24,13 @@ def check(condition, message):
     """ValueError(message) unless condition."""
     if not condition:
         raise ValueError(message)
+
+
+def check_known(what, name, known, where=""):
+    """ValueError, with the nearest of the known names, unless name is one of them."""
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        raise ValueError(f"{where}unknown {what} {name!r}; the nearest is {nearest!r}")
 
 
 class TooLong(BaseException):

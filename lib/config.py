@@ -11,7 +11,6 @@ function in peft.py. Either is one line: name, default, and a comment that is it
 
 import ast
 import dataclasses
-import difflib
 import gc
 import json
 import os
@@ -21,7 +20,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.checks import KINDS, check, checked, regular, shown
+from lib.checks import KINDS, check, check_known, checked, regular, shown
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -226,9 +225,7 @@ def convert(name, value, where):
     """The value of a key, from TOML or from a flag's string, in the field's type."""
     if name == FORMER:
         return convert("max_iters", value, where)                # Another whole number.
-    if name not in FIELDS:
-        nearest = difflib.get_close_matches(name, FIELDS, 1, 0.0)[0]
-        raise ValueError(f"{where}: unknown key {name!r}; the nearest is {nearest!r}")
+    check_known("key", name, FIELDS, f"{where}: ")
     kind = FIELDS[name].type
     try:
         if kind is bool and isinstance(value, str):

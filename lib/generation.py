@@ -1,6 +1,6 @@
 """
-What generation needs: the key-value cache, layers that lie as products of few rows read them fastest, prompts
-of different lengths in one batch, drawing a token.
+What generation needs: the key-value cache, linear layers laid out for products of few rows, prompts of
+different lengths in one batch, drawing a token.
 """
 
 import sys
@@ -85,12 +85,12 @@ def cache_for(model, prompts, max_new_tokens):
 # -----------------------------------------------------------------------------
 # linear layers while tokens are generated
 
-# A token's products are as fast as the weights can be read: so ready_layers, below, makes a stored weight
-# dense once and not for every token, adds a low rank to it where that is exact and lays it beside it where it
-# is not, makes one layer of those that read the same input, and on a CPU lays it as products of several rows
-# like it. One row is fast from the weight as it is, by the right library: kernels.linear in float32,
-# without_onednn in bfloat16. Milliseconds of a product with SmolLM2-135M's head (49,152 x 576), 2 cores of an
-# EPYC with AVX512-BF16:
+# A token's products take as long as reading the weights. So ready_layers, below, makes a stored weight dense
+# once and not for every token; adds B A to it where that is exact, and else appends B as further columns;
+# makes one layer of those that read the same input; and on a CPU has oneDNN lay the weight out anew where the
+# batch has several rows. A single row is fastest from the plain weight, by the right library: kernels.linear
+# in float32, without_onednn in bfloat16. Milliseconds of a product with SmolLM2-135M's head (49,152 x 576),
+# on 2 cores of an EPYC with AVX512-BF16:
 #
 #                         by torch's choice    by the other library    packed by oneDNN
 #   float32     1 row     9.8 (MKL)            3.8 (oneDNN)            3.9
@@ -116,7 +116,7 @@ class ReadyLinear(nn.Module):
         self.A, self.c, self.bias, self.parts = A, c, bias, parts
         self.out_features = weight.size(0)
         self.in_features = weight.size(1) - (0 if A is None else len(A))
-        self.weight = self.packed = None                         # [W, B], the latter for oneDNN alone
+        self.weight = self.packed = None                         # [W, B] as it is, or laid out by oneDNN
         if not has_better_place(weight, rows):
             self.weight = weight
         elif simulating():
@@ -255,10 +255,10 @@ def free_bytes(device):
 @contextmanager
 def ready_layers(model, rows):
     """
-    Within it the model generates fast, for batches of that many rows, and cannot be trained, saved or changed:
-    its linear layers are ReadyLinear where half of the free memory holds the copies, else as they were. In
-    float32 a wrapper and what it wraps become one weight, because W + s B A in float32 is as exact as
-    computing both; in a narrower type it would be rounded away.
+    Within it the model generates fast, for batches of that many rows, and cannot be trained, saved or changed.
+    Its linear layers are ReadyLinear where their copies take at most half of the free memory, else as they were.
+    In float32 a wrapper and what it wraps become one weight, because W + s B A is as exact as computing both; in
+    a narrower type the sum would round s B A away.
     """
     sharded = any(hasattr(p, "to_local") for p in model.parameters())        # FSDP's are never whole.
     chosen = [] if sharded else list(places(model, model.dtype, rows))

@@ -164,7 +164,7 @@ def rms_norm(x, w, eps):
         return y.to(x.dtype)
     if torch.is_grad_enabled():
         return RMSNorm.apply(x, w, eps)
-    return rms_normed(x, w, eps)[0]                              # The Function's own cost is the norm's.
+    return rms_normed(x, w, eps)[0]                     # Calling the Function costs as much as the norm.
 
 
 # -----------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class CausalAttention(torch.autograd.Function):
     dV = P^T dO,  dP = dO V^T,  dS = P x (dP - rowsum(P x dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d)
 
     It works on tiles of a few heads and 128 queries, which skips most of what the mask hides, and makes P
-    again in the backward pass. Torch's own kernel for a CPU takes twice the time in bfloat16, three times
+    again in the backward pass. In bfloat16 torch's own kernel for a CPU takes twice the time, three times
     for short sequences. S is in float32, as there.
     """
 
@@ -378,7 +378,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     Sum of the cross-entropy of softmax(x W^T) over the rows whose target is not -1, a chunk of rows at a
     time.
 
-    z = W x,  p = softmax(z),  loss = (1 - e) (logsumexp(z) - z_target) + e (logsumexp(z) - mean(z))
+    z = x W^T,  p = softmax(z),  loss = (1 - e) (logsumexp(z) - z_target) + e (logsumexp(z) - mean(z))
     dloss/dz = p - (1 - e) onehot(target) - e / V,  dx = dz W,  dW = dz^T x
 
     The gradients are made in the forward pass while a chunk's logits exist, so that nothing is computed
@@ -412,9 +412,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 def rows_of_loss(targets):
     """
-    Indices (N',) of the rows that go into the loss. On a CPU those with a target alone, so that masked
-    prompts cost nothing, filled up to a multiple of 64: oneDNN makes and keeps a kernel for every number of
-    rows. Elsewhere all: knowing them would cost a sync.
+    Indices (N',) of the rows that go into the loss. On a CPU these are the rows with a target, so that masked
+    prompts cost nothing, and as many masked rows as fill them up to a multiple of 64, where there are enough:
+    oneDNN makes and keeps a kernel for every number of rows. Elsewhere they are all rows, because counting them
+    would make a GPU wait.
     """
     if device_type(targets) != "cpu" or simulating() or torch.compiler.is_compiling():
         return torch.arange(len(targets), device=targets.device)

@@ -22,7 +22,7 @@ ROWS, LENGTH = 4, 512
 
 def profile(name, method, device, dtype):
     """Prints a step's seconds and its kernels."""
-    model = bench.random_base(memory.preset(name), dtype, peft.default_storage(method), device).train()
+    model = bench.random_base(memory.architecture(name), dtype, peft.default_storage(method), device).train()
     peft.apply(model, method)
     optimizer = run.make_optimizer(model, Config())
     tokens = torch.randint(model.config.vocab_size, (2, ROWS, LENGTH), device=device)
@@ -47,7 +47,7 @@ def profile(name, method, device, dtype):
 
 def loss_by_chunk(name, device, dtype):
     """Prints the milliseconds of the loss, forward and backward, by the size of its chunks."""
-    config = memory.preset(name)
+    config = memory.architecture(name)
     weight = torch.randn(config.vocab_size, config.n_embd, device=device).mul_(0.02).to(dtype)
     x = torch.randn(ROWS * LENGTH, config.n_embd, device=device).to(dtype).requires_grad_()
     targets = torch.randint(config.vocab_size, (ROWS * LENGTH,), device=device)

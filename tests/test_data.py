@@ -124,7 +124,7 @@ def test_json_lines_and_text(tmp_path):
     ("a.csv", b"mr,ref\n", "no examples"), ("a.csv", b"", "empty"), ("a.csv", b"mr,ref\nname[x],\xff\n", "line 2: byte 0xff is not UTF-8"),
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2: not JSON"), ("a.jsonl", b'{"prompt": "a"}\n', "line 1: needs prompt and completion; found prompt"),
     ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "line 1: prompt is not text"), ("a.jsonl", b'{"prompt": "", "completion": " "}\n', "line 1: completion is empty"),
-    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 different prompts cannot be split"), ("a.xyz", b"x", "ends in .csv, .json, .jsonl, .txt"),
+    ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 examples cannot be divided"), ("a.xyz", b"x", "ends in .csv, .json, .jsonl, .txt"),
 ])
 def test_files_that_are_refused(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -711,8 +711,8 @@ def test_splits_of_different_forms_are_refused(tmp_path):
 def test_encoded_data_take_six_bytes_a_token(tokenizer, tmp_path):
     corpus = load(write_lines(tmp_path / "a.jsonl", pairs_of({f"what is {i}": 1 for i in range(3000)})))
     encoded = encode(corpus.train, tokenizer, 64)
-    arrays = encoded.tokens, encoded.counts, encoded.starts
-    assert sum(part.nbytes for part in arrays) <= 6 * len(encoded.tokens) and all(part.base is None or part is encoded.counts for part in arrays)
+    arrays = encoded.tokens, encoded.supervised, encoded.starts
+    assert sum(part.nbytes for part in arrays) <= 6 * len(encoded.tokens) and all(part.base is None or part is encoded.supervised for part in arrays)
     again = [tokenizer.encode_prompt(example.prompt) + tokenizer.encode_completion(example.references[0]) for example in corpus.train]
     assert [encoded.sequence(i)[0].tolist() for i in range(len(encoded))] == again
 
