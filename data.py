@@ -134,7 +134,8 @@ def cut(source, name, parts):
     a split would get more than twice its share, they are divided one by one.
     """
     n = len(source.keys)
-    check(n > parts, f"{name}: {n} examples cannot be divided into {parts + 1} splits; add more, or files for the other splits")
+    hint = " (empty lines divide a text)" if source.form == "text" else ""
+    check(n > parts, f"{name}: {n} examples cannot be divided into {parts + 1} splits; add more{hint}, or files for the other splits")
     size = min(500, max(1, n // 10))
     order, starts = in_groups(source.keys)
     drawn = draw(np.diff(starts), parts, size)
@@ -398,14 +399,15 @@ def encode(examples, tokenizer, block_size, template="pipe", too_long="refuse", 
             for reference in references:
                 with located_in(examples, i):
                     ids, n_prompt = rendering.sequence(example, reference)
-                if chat is None and ids[n_prompt:] in ([], [tokenizer.eos]):
-                    lost["empty"] += 1                           # The end alone would teach to say nothing.
-                    continue
-                check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
-                n_masked = n_prompt if train_on == "completion" else 0
-                supervised = [False] * n_masked + [True] * (len(ids) - n_masked)
-                is_text = not example.prompt and example.messages is None
-                yield from fitted(pieces(ids, supervised, block_size), example, too_long, lost, is_text)
+                    if chat is None and ids[n_prompt:] in ([], [tokenizer.eos]):
+                        lost["empty"] += 1                       # The end alone would teach to say nothing.
+                        continue
+                    check_vocabulary(ids, vocab_size or tokenizer.vocab_size, example.prompt or reference)
+                    n_masked = n_prompt if train_on == "completion" else 0
+                    supervised = [False] * n_masked + [True] * (len(ids) - n_masked)
+                    is_text = not example.prompt and example.messages is None
+                    parts = fitted(pieces(ids, supervised, block_size), example, too_long, lost, is_text)
+                yield from parts
 
     encoded = Encoded.of(sequences(), block_size)
     encoded.n_cut, encoded.n_dropped = lost["cut"], lost["dropped"]

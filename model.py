@@ -383,9 +383,7 @@ class GPT(nn.Module):
     """
 
     def __init__(self, config, dtype=torch.float32):
-        """
-        config: GPTConfig; dtype: the type of the computation, not of the weights (they are float32 here).
-        """
+        """config: GPTConfig; dtype: of the computation, not of the weights, which are float32 here."""
         super().__init__()
         self.config, self.dtype, self.checkpointing = config, dtype, False
         self.reserved = 0                                        # positions that the tokens cannot have
@@ -445,7 +443,8 @@ class GPT(nn.Module):
         B, T = tokens.shape
         past = cache.seen if cache is not None else 0
         needed = past + (max(lengths) if lengths else T) + self.reserved
-        if needed > self.config.block_size:
+        # Behind padding a sequence has fewer positions than the cache; lib/generation.py ends each in time.
+        if needed > self.config.block_size and not (past and cache.padded):
             raise ValueError(f"{needed} positions, but the model's context is {self.config.block_size}")
         if lengths:
             pos = torch.cat([torch.arange(n, device=tokens.device) for n in lengths])
@@ -509,7 +508,7 @@ class GPT(nn.Module):
 
         tokens: (B, T) int64, or a list of lists of different lengths. temperature 0 is greedy; top_k keeps
         the k likeliest tokens, top_p the fewest whose probability reaches p. Generation ends at `stop`
-        (kept in the result), after max_new_tokens, or at the context's end.
+        (kept in the result), after max_new_tokens, or at the context's end, for each prompt on its own.
         """
         prompts = tokens.tolist() if isinstance(tokens, torch.Tensor) else [list(p) for p in tokens]
         results = [list(p) for p in prompts]

@@ -207,7 +207,7 @@ class DoRA(LoRA):
         """c (out,)."""
         with torch.no_grad():                        # the norm is a constant for the gradient (section 4.3)
             norm = super().merged(*merged_weight(self.base))[0].norm(dim=1)
-        return self.m / norm
+        return self.m / unless_zero(norm)
 
     def forward(self, x):
         c = self.row_scale()
@@ -223,7 +223,13 @@ class DoRA(LoRA):
     def merged(self, weight, bias):
         """weight (out, in) and bias (out,) or None of W_0, float32 -> those of c (W_0 + s B A)."""
         weight, bias = super().merged(weight, bias)
-        return (self.m / weight.norm(dim=1))[:, None] * weight, bias
+        c = self.m / unless_zero(weight.norm(dim=1))
+        return c[:, None] * weight, bias
+
+
+def unless_zero(norm):
+    """The norms of rows, 1 for a row of zeros, which pruned and extended models have: its m is 0 as well."""
+    return norm.masked_fill(norm == 0, 1)
 
 
 def add_dora(model, rank=8, alpha=16.0, dropout=0.0, targets="all", rslora=False):
@@ -689,7 +695,7 @@ def method_names(method):
     for name in names:
         check_known("method", name, METHODS)  # fault 39
     kinds = set(map(kind_of, names))
-    check(len(kinds) == len(names), f"method {method!r} names one twice")
+    check(len(kinds) == len(names), f"method {method!r} names one twice, or two of {', '.join(LORA_KIN)}")
     return [name for name in METHODS if name in names]
 
 
@@ -1084,7 +1090,9 @@ def load_adapter(model, path, replace=False):
     if carried and not same:
         differ = differing_options(content["options"], options_attached(model))
         check(replace, f"{where}: {content['method']} with {differ}; the model carries {carried}: detach it first")
-        detach(model)
+        # The tensors of full replace all of the base, so that nothing need be put back before them.
+        remove = remove_methods if "full" in method_names(content["method"]) else detach
+        remove(model)
     if not same:
         apply(model, content["method"], **content["options"])
     try:

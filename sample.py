@@ -123,6 +123,7 @@ def main(args):
         if args.chat:
             talk(model, made, args)
             return
+        check(made.chat is not None or not args.system, f"{folder}: was not trained on conversations, so --system has no place there; leave it out")
         for prompt in args.prompt or [""]:
             if len(args.model) > 1:
                 print(f"--- {folder}")

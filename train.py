@@ -38,14 +38,14 @@ import hub
 import memory
 import peft
 from lib import machine, model_folder
-from lib.files import located, save_file, write_atomic
+from lib.files import check, located, save_file, some, write_atomic
 from lib.machine import say
 from lib.report import size
 from lib.run import (
     Interrupt, Log, attach_methods, check_processes, find_base, learning_rate, make_optimizer, make_scaler,
     numbers_are_finite, offload, only_writer, remember, resolved, restore, run_folder, samples, save_state,
-    set_up, split_loss, step, storage_by_type, storage_of, telling_what_needs_less, told_of_interruption,
-    told_of_resuming, wait_for_writers, write_beginning)
+    set_up, split_loss, step, storage_by_type, storage_of, telling_what_needs_less, told_of_data,
+    told_of_interruption, told_of_resuming, wait_for_writers, write_beginning)
 from lib.tokens import trains_tables
 
 # -----------------------------------------------------------------------------
@@ -59,6 +59,8 @@ PRETRAIN = Config(
 
 def with_base(config):
     """The configuration with a base in it, which is pretrained where there is none; a dry run reports about an untrained one."""
+    adding = set(peft.method_names(config.method)) - set(peft.UNFREEZING)
+    check(config.base != "new" or not adding, f"base new is written as a whole model, in which {some(adding)} has no place; use --method full")
     if config.base:
         return config
     if machine.RANK == 0 and not config.dry_run:
@@ -177,17 +179,6 @@ def describe(run, report):
     unlike = " without fsdp" if config.fsdp else unlike          # These two do not go together.
     say(f"memory     {size(predict(run, rows, length))} predicted at the peak{unlike}, for {rows} x {length} tokens; "
         f"{size(predict_generation(run, length))} while it writes samples")
-
-
-def told_of_data(run):
-    """Lines about what was found in the data, and how conversations are rendered."""
-    lines = list(run.corpus.told)
-    same_prompt, same_text = data.overlap(run.corpus)
-    if same_prompt or same_text:
-        lines.append(f"of {len(run.corpus.val)} val examples, {same_prompt} have a prompt that is in train too, {same_text} prompt and text")
-    if run.chat is not None:
-        lines.append(f"rendered by {run.chat.name}")
-    return lines
 
 
 # -----------------------------------------------------------------------------
@@ -399,7 +390,7 @@ def finish(run):
     say("", text, f"val loss   {progress['before']:.4f} -> {progress['best']:.4f}{skipped}")
     say(f"adapter    {adapter}, {size(metrics['adapter_bytes'])}; the base takes {size(run.base_bytes)}")
     say(f"peak       {size(metrics['peak_bytes'])}")
-    first = run.corpus.val[0]
+    first = run.shown[0] if run.shown else data.Example("", [])
     way = "--chat" if first.messages else f"--prompt {shlex.quote(first.prompt)}"
     say(f"next       python sample.py {shlex.quote(str(folder))} {way}")
     return metrics

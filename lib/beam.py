@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from lib.generation import cache_for, next_logits, pad_left, ready_layers
+from lib.generation import cache_for, next_logits, pad_left, ready_layers, room_behind
 
 NO_TOKEN = -1           # stands behind a finished hypothesis, up to the length of those that run
 
@@ -30,6 +30,10 @@ class Hypotheses(NamedTuple):
     def where(self, condition):
         """The same hypotheses; where the condition, bool (B, N), is false, the score becomes -inf."""
         return Hypotheses(self.scores.masked_fill(~condition, -math.inf), self.tokens)
+
+    def of(self, prompts):
+        """Those of some of the prompts, whose numbers are given."""
+        return Hypotheses(self.scores[prompts], self.tokens[prompts])
 
     def best(self, n):
         """The n of each prompt with the largest scores, largest first, and where they stood, (B, n)."""
@@ -101,8 +105,8 @@ def beam_search(model, prompts, max_new_tokens, beams, length_penalty=1.0, no_re
 
     prompts: lists of ids. stop: an id or several, each of which ends a hypothesis. Returns lists of the
     generated ids without the stop. Where no_repeat_ngram is n, no n-gram of generated tokens comes twice.
-    The search keeps `beams` hypotheses a prompt. It ends after max_new_tokens, at the context's end, or
-    where every finished hypothesis is as good as the running ones.
+    The search keeps `beams` hypotheses a prompt. For each prompt it ends after max_new_tokens, at the context's
+    end, or where every finished hypothesis is as good as the running ones, whatever the others do.
     """
     with ready_layers(model, len(prompts) * beams):
         return search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngram, stop)
@@ -120,19 +124,27 @@ def search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngra
     finished = Hypotheses(scores.clone(), no_tokens)
     scores[:, 0] = 0                                             # the K copies of a prompt are one hypothesis
     running = Hypotheses(scores, no_tokens)
-    for _ in range(max_new_tokens):
+    room = room_behind(model, prompts).to(scores.device)
+    found = [[] for _ in prompts]
+    going = torch.arange(len(prompts), device=scores.device)     # prompts whose search goes on
+    for n in range(1, max_new_tokens + 1):
         if no_repeat_ngram:
             forbid_repeats(logp, running.tokens.flatten(0, 1), no_repeat_ngram)
         candidates, rows = grow(running, logp, n_candidates)
         ends = torch.isin(candidates.tokens[:, :, -1], stop_ids)
         finished = add_finished(finished, candidates.where(ends), length_penalty)
         running, order = candidates.where(~ends).best(beams)
+        is_last = (n == max_new_tokens) | (n > room[going])      # (B,)
+        finished = add_finished(finished, running.where(is_last[:, None]), length_penalty)
         best_running = running.normalized(length_penalty)[:, 0]  # (B,)
-        context_is_full = cache.seen + model.reserved == model.config.block_size
-        if context_is_full or (finished.scores[:, -1] >= best_running).all():
+        over = is_last | (finished.scores[:, -1] >= best_running)
+        for prompt, ids in zip(going[over].tolist(), finished.tokens[over, 0].tolist()):
+            found[prompt] = ids
+        if over.all():
             break
-        cache.select(rows.gather(1, order).flatten())
+        kept = (~over).nonzero().squeeze(1)
+        going, finished, running = going[kept], finished.of(kept), running.of(kept)
+        cache.select(rows[kept].gather(1, order[kept]).flatten())
         logp = next_logp(model, running.tokens[:, :, -1].reshape(-1, 1), cache, cache.next)
-    best = add_finished(finished, running, length_penalty).tokens[:, 0]
     silent = {NO_TOKEN, *stops}
-    return [[token for token in ids if token not in silent] for ids in best.tolist()]
+    return [[token for token in ids if token not in silent] for ids in found]

@@ -68,7 +68,7 @@ RUN = {
     "save_interval": (0, LONG), "log_interval": (1, LONG), "sample_count": (0, 10**6), "block_size": (0, 2**30),
     "quant_block": (16, WIDE, "or 0"), "seed": (0, SEED)}
 OPTIMIZER = {
-    "learning_rate": (1e-30, 1000), "min_lr": (0, 1000), "lora_plus_ratio": (0, 10**6), "weight_decay": (0, 1000),
+    "learning_rate": (1e-30, 1000), "min_lr": (0, 1000), "lora_plus_ratio": (1e-9, 10**6), "weight_decay": (0, 1000),
     "beta1": (0, SHARE), "beta2": (0, SHARE), "label_smoothing": (0, SHARE), "grad_clip": (0, LONG)}
 METHODS = {
     "rank": (1, 2**16), "alpha": (1e-9, 10**9), "dropout": (0, SHARE), "adapter_size": (1, 2**16),

@@ -294,8 +294,11 @@ def command_line(args):
         path = args.pop(0)
         values = read_toml(path)
     flags = parse_flags(args)
-    both = flags.get("max_iters") and flags.get("epochs")
-    check(not both, "command line: max_iters and epochs are both given; one of them says how long the run is")
+    for given, where in ((values, "the file"), (flags, "command line")):
+        both = given.get("max_iters") and given.get("epochs")
+        check(not both, f"{where}: max_iters and epochs are both given; one of them says how long the run is")
+    if "max_iters" in flags:
+        values.pop("epochs", None)                               # A flag wins against the file's word for the same.
     if "resume" in values | flags:
         return resumed(values | flags)
     if FORMER in flags:

@@ -78,8 +78,15 @@ class Cache:
 def cache_for(model, prompts, max_new_tokens):
     """A Cache with room for what follows the prompts, lists of ids."""
     lengths = {len(prompt) for prompt in prompts}
-    room = max(lengths) + max_new_tokens + model.reserved
-    return Cache(model.config.n_layer, min(room, model.config.block_size), padded=len(lengths) > 1)
+    most_new = min(max_new_tokens, int(room_behind(model, prompts).max()))
+    size = model.reserved + max(lengths) + most_new
+    return Cache(model.config.n_layer, size, padded=len(lengths) > 1)
+
+
+def room_behind(model, prompts):
+    """How many tokens the model's context holds behind each of the prompts, (B,) int64 on the CPU."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    return model.config.block_size - model.reserved - lengths
 
 
 # -----------------------------------------------------------------------------
@@ -347,15 +354,16 @@ def stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop, gene
     stops = torch.tensor([stop] if isinstance(stop, int) else list(stop or ()), dtype=torch.long)
     cache = cache_for(model, prompts, max_new_tokens)
     rows = torch.arange(len(prompts))                            # those that have not ended
+    room = room_behind(model, prompts)
     with ready_layers(model, len(prompts)):
-        for _ in range(max_new_tokens):
+        for n in range(1, max_new_tokens + 1):
             logits = next_logits(model, tokens, cache, pos)
             token = sample(logits, temperature, top_k, top_p, generator)
             result = torch.full((len(prompts),), -1)
             result[rows] = on_host = token.cpu()
             yield result
-            goes_on = ~torch.isin(on_host, stops)
-            if not goes_on.any() or cache.seen + model.reserved == model.config.block_size:
+            goes_on = ~torch.isin(on_host, stops) & (n <= room[rows])
+            if not goes_on.any():
                 return
             if not goes_on.all():
                 kept = goes_on.nonzero().squeeze(1)

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from lib.checks import check, regular
-from lib.files import check_no_pointer, located, read_bytes
+from lib.files import check_no_pointer, located, read_bytes, some
 
 
 @dataclass
@@ -94,12 +94,15 @@ ROLES = {
     "system": "system", "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 UNSUPPORTED = ("tools", "functions", "images", "videos", "audios", "tool_calls", "function_call")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
 def check_supported(content):
     """ValueError where an object has what only other programs train on."""
     used = [key for key in UNSUPPORTED if content.get(key)]
     check(not used, f"has {', '.join(used)}; tools, images and sounds are not supported")
+    apart = [key for key in THOUGHTS if content.get(key)]
+    check(not apart, f"has {', '.join(apart)}; thoughts belong into the content, as the model is to write them")
 
 
 def content_text(content):
@@ -123,19 +126,21 @@ def read_message(message, names):
     role, content = (message[name] for name in names)
     known = isinstance(role, str) and role in ROLES
     check(known, f"{names[0]} is {role!r}; it must be one of {', '.join(ROLES)}")
+    check(message.get("weight", 1) != 0, "has weight 0, but every message of the assistant is learned; "
+                                         "leave out the key, or the conversation from there on")
     return {"role": ROLES[role], "content": content_text(content)}
 
 
-def read_messages(found, names, told):
+def read_messages(found, names, told, first=1):
     """The messages of a conversation as templates want them: an optional system message, then user and
-    assistant in turn.
+    assistant in turn. first: the number of the first one in what is said of a bad one.
 
     Messages of one role in a row are joined with an empty line between them, and counted. ValueError for
     roles out of order: a system message that is not the first, an assistant before any user.
     """
     check(isinstance(found, list), "its messages are no list")
     messages = []
-    for number, item in enumerate(found, 1):
+    for number, item in enumerate(found, first):
         with located(f"message {number}"):
             message = read_message(item, names)
         previous = messages[-1]["role"] if messages else "nothing"
@@ -172,15 +177,17 @@ def read_openai(record, told):
 def read_sharegpt(record, told):
     """conversations: a list of from and value; system, where there is one, stands before them."""
     check_supported(record)
-    found = record["conversations"]
+    found, first = record["conversations"], 1
     if record.get("system") and isinstance(found, list):
-        found = [{"from": "system", "value": record["system"]}, *found]
-    return turns(read_messages(found, ("from", "value"), told), told)
+        found, first = [{"from": "system", "value": record["system"]}, *found], 0
+    return turns(read_messages(found, ("from", "value"), told, first), told)
 
 
 def read_alpaca(record, told):
     """instruction, input and output: the user's message is instruction and input, an empty line between."""
-    fields = {key: record.get(key) or "" for key in ("instruction", "input", "output", "system")}
+    fields = {key: record[key] for key in ("instruction", "output")}
+    for key in ("input", "system"):                              # which may be missing, or null
+        fields[key] = "" if record.get(key) is None else record[key]
     for key, value in fields.items():
         check(is_text(value), f"{key} is not text")
     asked = [part for part in (fields["instruction"], fields["input"]) if part]
@@ -298,9 +305,10 @@ class JsonFile:
 
     def record(self, i):
         """The value of record i."""
+        text = self.text_of(self.starts[i], self.stops[i])
         try:
-            return json.loads(self.text_of(self.starts[i], self.stops[i]))
-        except (json.JSONDecodeError, RecursionError) as error:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:            # ValueError: for thousands of digits, too
             reason = getattr(error, "msg", error)
             raise ValueError(f"{self.where(i)}: not JSON: {reason}") from None  # fault 24
 
@@ -361,8 +369,9 @@ class Stored:
     def __init__(self, path):
         self.file = JsonFile(path)
         self.told = Counter()
+        first = self.file.record(0)
         with located(Place(self.file, 0)):
-            self.form = form_of(self.file.record(0))
+            self.form = form_of(first)
         facts = np.fromiter((fact for i in range(len(self.file)) for fact in self.facts(i)), np.int64)
         self.keys, self.prompts, self.turns = facts.reshape(-1, 3).T
         check(self.turns.any(), f"{path}: no examples in it: no conversation has a message of the assistant")
@@ -454,6 +463,7 @@ def read_text(path):
 
 def csv_rows(path):
     """Yields ("path, line 3", list of cells) for each row. A blank line is a row without cells."""
+    csv.field_size_limit(2**31 - 1)                              # not 131,072 characters
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     where = f"{path}, line 1"
     try:
@@ -484,7 +494,10 @@ def read_csv(path):
     forms = [name for name in ("prompt/completion", "Alpaca") if set(FORMS[name].keys) <= set(header)]
     missing = [column for column in ("mr", "ref") if column not in header]
     is_e2e = not missing
-    check(is_e2e or forms, f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'}")
+    check(is_e2e or forms, f"{path}: no column {' and '.join(missing)}; found {', '.join(header) or 'nothing'} "
+                           "(prompt and completion, or instruction and output would do as well)")
+    twice = [column for column, n in Counter(header).items() if n > 1]
+    check(not twice, f"{path}: {some(twice)} is the name of two columns")
     read = read_representation if is_e2e else FORMS[forms[0]].read
     told, examples = Counter(), []
     for where, row in rows:

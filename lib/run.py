@@ -7,6 +7,7 @@ sample.py, evaluate.py and hub.py load runs.
 import dataclasses
 import fcntl
 import functools
+import itertools
 import json
 import math
 import os
@@ -230,7 +231,11 @@ def chat_of(config, tokenizer, folder):
     kept = Path(folder, template.KEPT)
     is_run = Path(folder, "config.toml").is_file()
     wanted = str(kept) if is_run and kept.is_file() else config.template
-    chat = template.load(wanted, config.base, tokenizer)
+    own = ()
+    if config.add_tokens:
+        of_base = data.Tokenizer.load(config.base)
+        own = tokenizer.added_tokens.keys() - of_base.added_tokens.keys()
+    chat = template.load(wanted, config.base, tokenizer, own)
     tokenizer.ends = tokenizer.ends | chat.ends
     return chat
 
@@ -301,6 +306,7 @@ class Run:
     encoded: dict                        # split -> data.Encoded
     fingerprints: dict                   # of base, data and tokenizer
     base_bytes: int
+    shown: list                          # the first examples of val whose prompts fit, for samples
     chat: template.Chat | None = None
     optimizer: torch.optim.Optimizer | None = None
     scaler: torch.amp.GradScaler | None = None
@@ -334,7 +340,11 @@ def set_up(config, folder, device):
     base_bytes = sum(storage_by_type(model).values())
     if config.fsdp:
         machine.shard(model, device)
-    return Run(config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes, chat)
+    made = data.Format(tokenizer, config.template, chat)
+    fitting = (example for example in corpus.val if len(made.prompt(example)) <= context - taken)
+    shown = list(itertools.islice(fitting, max(config.sample_count, 1)))
+    return Run(
+        config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes, shown, chat)
 
 
 def split_loss(run, split):
@@ -344,8 +354,8 @@ def split_loss(run, split):
 
 
 def samples(run):
-    """[(prompt, continuation)] of the first validation examples."""
-    examples = run.corpus.val[:run.config.sample_count]
+    """[(prompt, continuation)] of the first validation examples, but for those that fill the context."""
+    examples = run.shown[:run.config.sample_count]
     made = data.Format(run.tokenizer, run.config.template, run.chat)
     prompts = [made.text(example) for example in examples]
     ids = [made.prompt(example) for example in examples]
@@ -419,7 +429,8 @@ def adapter_of(folder, which="best"):
     kept = Path(folder, f"adapter-{which}.pt")
     if kept.is_file():
         return peft.read_adapter(kept)
-    steps = {int(path.stem.partition("-")[2]) for path in Path(folder).glob("adapter-*.pt")}
+    names = [path.stem.partition("-")[2] for path in Path(folder).glob("adapter-*.pt")]
+    steps = {int(name) for name in names if name.isdecimal()}    # A copy may have any name.
     for name in ("state.pt", "state.before.pt"):
         if Path(folder, name).is_file():
             state = checked_state(read_file(Path(folder, name)), Path(folder, name))
@@ -471,6 +482,20 @@ def why_taken(folder):
     left = [name for name in names if any(fnmatch(name, pattern) for pattern in LEFT)]
     others = set(names) - set(left if ".lock" in names else ())
     return f"holds something that is no run's: {some(others)}; choose another --out_dir" if others else ""
+
+
+def told_of_data(run):
+    """Lines about what was found in the data, and how conversations are rendered."""
+    lines = list(run.corpus.told)
+    val = run.encoded["val"]
+    if val.n_cut or val.n_dropped:
+        lines.append(f"of val's sequences, {val.n_cut} cut and {val.n_dropped} dropped, longer than {val.block_size}")
+    same_prompt, same_text = data.overlap(run.corpus)
+    if same_prompt or same_text:
+        lines.append(f"of {len(run.corpus.val)} val examples, {same_prompt} have a prompt that is in train too, {same_text} prompt and text")
+    if run.chat is not None:
+        lines.append(f"rendered by {run.chat.name}")
+    return lines
 
 
 @contextmanager

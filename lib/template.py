@@ -12,7 +12,8 @@ refused beforehand. A process of their own would bound them more strictly, at a 
 
 What a template writes and what a message says are told apart: the words of special tokens within a message
 are broken up with a character that occurs nowhere else, so that only the template's are recognized, and the
-character is taken out again before the text becomes tokens.
+character is taken out again before the text becomes tokens. Tokens that a base's tokenizer does not call
+special, as Qwen3's <think>, are meant for contents, and are found there.
 """
 
 import json
@@ -167,29 +168,29 @@ def source_in(folder):
 def read_template(path):
     """The text of a file."""
     try:
-        return read_bytes(path).decode()
+        return read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not UTF-8") from None
 
 
-def load(wanted, folder, tokenizer):
+def load(wanted, folder, tokenizer, own=()):
     """The Chat of a template: "base" is what the model's folder brings, or else ChatML; "chatml" is that;
-    any other the path of a file.
+    any other the path of a file. own: words of tokens that a run has added to the tokenizer.
 
     ChatML needs its two tokens in the tokenizer; ValueError that says what to do where they are missing.
     """
     if wanted not in CHAT_TEMPLATES:
-        return Chat(read_template(wanted), wanted, tokenizer)
+        return Chat(read_template(wanted), wanted, tokenizer, own)
     source = source_in(folder) if wanted == "base" else None
     if source is not None:
-        return Chat(source, f"the chat template of {folder}", tokenizer)
+        return Chat(source, f"the chat template of {folder}", tokenizer, own)
     known = tokenizer.special_tokens | tokenizer.added_tokens
     missing = [token for token in CHATML_TOKENS if token not in known]
     reason = f"{folder} brings no chat template, and " if wanted == "base" else ""
     check(not missing, f"{reason}ChatML needs the tokens {' and '.join(missing)}, which the tokenizer lacks; "
                        "give it these by --add_tokens FILE, or a template of tokens that it has by --template FILE.jinja")
     start = "{{ bos_token }}" if tokenizer.begin and tokenizer.names.get("bos_token") else ""
-    return Chat(start + CHATML, "ChatML", tokenizer)
+    return Chat(start + CHATML, "ChatML", tokenizer, own)
 
 
 # -----------------------------------------------------------------------------
@@ -198,19 +199,21 @@ def load(wanted, folder, tokenizer):
 
 class Chat:
     """A template with the tokenizer that it is for. Its tokens are the tokenizer's special ones, and of those
-    that were added later the ones that it writes.
+    that were added later the ones that it writes. Within a message the words of the special ones, of ChatML's,
+    and of a run's own are text.
 
     ends: the ids with which it ends an answer. ValueError where there is none, because a model could not
     learn to stop then.
     """
 
-    def __init__(self, source, name, tokenizer):
+    def __init__(self, source, name, tokenizer, own=()):
         self.source, self.name, self.tokenizer = source, name, tokenizer
         sandbox = environment()
         with limited(name):
             self.template = sandbox.from_string(source)
         self.added = {word: token for word, token in tokenizer.added_tokens.items() if word in source}
         self.tokens = tokenizer.special_tokens | self.added
+        self.guarded = {*tokenizer.special_tokens, *CHATML_TOKENS, *own}
         words = sorted(self.tokens, key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, words)) or "(?!)")
         self.ends = self.find_ends()
@@ -228,16 +231,19 @@ class Chat:
         return frozenset({self.tokens[found[0]].id})
 
     def render(self, messages, generation, mark):
-        """The rendering of messages, in whose contents the words of special tokens are broken up with the
-        mark. generation: whether it goes on to where the assistant begins."""
+        """The rendering of messages, in whose contents the guarded words are broken up with the mark.
+        generation: whether it goes on to where the assistant begins."""
         broken = [message | {"content": self.broken(message["content"], mark)} for message in messages]
         given = self.tokenizer.names | {"tools": None, "documents": None, "add_generation_prompt": generation}
         with limited(self.name):
             return self.template.render(messages=broken, **given)
 
     def broken(self, text, mark):
-        """The text with the mark between all characters of special tokens' words."""
-        return self.special.sub(lambda found: mark.join(found[0]), text)
+        """The text with the mark between all characters of guarded words."""
+        def replaced(found):
+            word = found[0]
+            return mark.join(word) if word in self.guarded else word
+        return self.special.sub(replaced, text)
 
     def unbroken(self, text, mark):
         """The text without the mark, in a list. Where it holds the word of an added token, which the tokenizer

@@ -83,3 +83,14 @@ def test_no_ngram_comes_twice():
         grams = list(zip(text, text[1:]))
         assert len(grams) == len(set(grams))
     assert any(len(list(zip(t, t[1:]))) != len(set(zip(t, t[1:]))) for t in beam_search(model, [[1], [2, 3]], 16, beams=3))
+
+
+def test_a_prompt_finds_in_a_batch_what_it_finds_alone():
+    """Whatever its neighbours do: a search that is over takes no more hypotheses, and the context ends for each at its own position."""
+    prompts, texts = [[1, 4], [3, 1], [2] * 14, [0, 2, 3]], set()
+    for seed in range(20):
+        model = tiny(seed, 2.8)
+        alone = [beam_search(model, [prompt], 16, 3, 1.5, stop=[0, 3])[0] for prompt in prompts]
+        assert beam_search(model, prompts, 16, 3, 1.5, stop=[0, 3]) == alone, seed
+        texts |= set(map(len, alone))
+    assert len(texts) > 5 and max(texts) == 16                   # The prompt of 14 tokens has room for 11.

@@ -124,6 +124,10 @@ def test_json_lines_and_text(tmp_path):
     ("a.csv", b"mr,ref\n", "no examples"), ("a.csv", b"", "empty"), ("a.csv", b"mr,ref\nname[x],\xff\n", "line 2: byte 0xff is not UTF-8"),
     ("a.jsonl", b'{"prompt": "a", "completion": "b"}\n{"prompt"\n', "line 2: not JSON"), ("a.jsonl", b'{"prompt": "a"}\n', "line 1: needs prompt and completion; found prompt"),
     ("a.jsonl", b'{"prompt": 3, "completion": "b"}\n', "line 1: prompt is not text"), ("a.jsonl", b'{"prompt": "", "completion": " "}\n', "line 1: completion is empty"),
+    ("a.csv", b"prompt,completion,prompt\na,b,c\n", "prompt is the name of two columns"), ("a.csv", b"q,a\nb,c\n", "prompt and completion, or instruction and output would do"),
+    ("a.jsonl", b'{"prompt": "a", "completion": ' + b"1" * 5000 + b"}\n", "a.jsonl, line 1: not JSON: Exceeds the limit"),
+    ("a.jsonl", b'{"instruction": "a", "input": 0, "output": "b"}\n', "line 1: input is not text"), ("a.jsonl", b'{"instruction": "a", "output": null}\n', "line 1: output is not text"),
+    ("a.jsonl", b'{"conversations": [{"from": "human", "value": 1}], "system": "s"}\n', "line 1: message 1: its content is not text"),
     ("a.txt", b" \n", "empty"), ("a.txt", b"one", "1 examples cannot be divided"), ("a.xyz", b"x", "ends in .csv, .json, .jsonl, .txt"),
 ])
 def test_files_that_are_refused(tmp_path, name, content, words):
@@ -442,6 +446,20 @@ def test_mask_is_a_position(tokenizer):
     assert encoded.n_supervised == m and encoded.n_tokens == n + m - 1
 
 
+def test_a_long_cell(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion\n" + "".join(f"p{i},{'x' * 200_000}\n" for i in range(3)))
+    assert {len(example.references[0]) for example in everything(load(tmp_path / "a.csv"))} == {200_000}
+
+
+def test_where_a_text_is_too_long(tokenizer, tmp_path):
+    lines = [{"prompt": f"p{i}", "completion": "word " * (1 + 99 * (i == 7))} for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"a.jsonl, line 8: 'p7' and its text have \d+ tokens"):
+        corpus = load(tmp_path / "a.jsonl")
+        for split in (corpus.train, corpus.val, corpus.test):
+            encode(split, tokenizer, 12)
+
+
 def test_too_long(tokenizer):
     example = Example("name[x]", ["a very long text " * 9])
     with pytest.raises(ValueError, match=r"'name\[x\]' and its text have \d+ tokens, block_size is 12"):
@@ -551,6 +569,8 @@ TEXT_PART = {"type": "text", "text": "c"}
     (lone(("user", [{"type": "text"}])), "line 2: message 1: a part of its content is not text"),
     (lone(("user", "a"), tools=[{"name": "f"}]), "line 2: has tools; tools, images and sounds are not supported"),
     ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, "line 2: message 1: has tool_calls"),
+    ({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]}, "line 2: message 1: has reasoning_content; thoughts belong into"),
+    ({"messages": [{"role": "assistant", "content": "a", "weight": 0}]}, "line 2: message 1: has weight 0, but every message"),
     ({"messages": [{"role": "user"}]}, "line 2: message 1: has no content"), ({"messages": ["a"]}, "line 2: message 1: is no object"),
     ({"messages": "a"}, "line 2: its messages are no list"),
     ({"instruction": "a", "output": "b"}, "line 2: a record of Alpaca, while the first of the file is of messages; put each form into a file"),

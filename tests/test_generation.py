@@ -197,3 +197,17 @@ def test_the_simulation_knows_the_copies(method, storage, dtype, rows, monkeypat
     dense_ones_too = generation.has_better_place(torch.empty(1, dtype=dtype), rows)      # bfloat16 depends on the processor
     assert copies[0] == copies[1] and (copies[0] > 0) == (method != "prompt" or dense_ones_too)
     assert real["peak"] == pytest.approx(predicted["peak"], rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_each_prompt_has_the_context_to_itself(family, method):
+    """A longer neighbour does not end it earlier; positions, rotary or learned, are its own."""
+    model = build(method, family)
+    room = model.config.block_size - model.reserved
+    prompts = [[1, 2], [3] * (room - 4), [4] * room, [5, 6, 7]]
+    together = model.generate(prompts, room, temperature=0)
+    assert together == [model.generate([prompt], room, temperature=0)[0] for prompt in prompts]
+    assert [len(ids) for ids in together] == [room + 1] * 4
+    with pytest.raises(ValueError, match="positions, but the model's context is"):
+        model.generate([[1], [2] * (room + 1)], 1)

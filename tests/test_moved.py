@@ -78,6 +78,7 @@ def test_any_adapter_of_a_run(moved):
     assert not torch.equal(kept["2"][f"{start}s_k"], kept["4"][f"{start}s_k"])
     (folder / "adapter-2.pt").unlink()                           # The state of that step is still there.
     assert torch.allclose(run.adapter_of(folder, "2")["tensors"][f"{start}s_k"], kept["2"][f"{start}s_k"], atol=1e-6)
+    (folder / "adapter-copy.pt").write_bytes((folder / "adapter.pt").read_bytes())
     with pytest.raises(ValueError, match="no adapter '3' there; best, last or one of the steps 2, 4 "):
         run.adapter_of(folder, "3")
     hub.export(folder, moved / "peft", adapter="last")

@@ -214,6 +214,28 @@ def adapter(path, seed=0, family="gpt2", method="lora", **options):
     return logits(model)
 
 
+@pytest.mark.parametrize("scheme", ["", "nf4"])
+def test_dora_over_rows_of_zeros(scheme):
+    """Pruned and extended bases have them: the model's function is the same at first, and learning goes on."""
+    model = base("llama")
+    with torch.no_grad():
+        model.blocks[0].attn.q.weight[3] = 0
+        model.blocks[0].ffn.down.weight.zero_()
+    if scheme:
+        quant.store(model, quant.Storage(scheme))
+    before = logits(model)
+    peft.apply(model, "dora", rank=2)
+    assert torch.equal(logits(model), before)
+    for p in peft.adapter_state_dict(model).values():
+        p.data += 0.01 * torch.randn_like(p)
+    _, loss = model(torch.arange(12)[None], torch.arange(12)[None])
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    wrapped = logits(model)
+    peft.merge(model)
+    torch.testing.assert_close(logits(model), wrapped, atol=1e-4, rtol=1e-4)
+
+
 def test_switching_is_quick_and_exact(tmp_path):
     with torch.device("meta"):
         model = GPT(PRESETS["gpt2"])

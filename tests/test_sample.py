@@ -82,6 +82,10 @@ def test_the_real_model_tells_a_story(script, real_data):
     assert script("sample.py", real_data / "stories260k", "--max_new_tokens", 40).stdout.startswith("Once upon a time, there was a little girl named Lily")
 
 
+def test_a_system_message_wants_a_conversation(folders, refused):
+    assert "was not trained on conversations, so --system has no place there" in refused("sample.py", folders / "run", "--prompt", "a", "--system", "b")
+
+
 @pytest.fixture(scope="module")
 def ending(folders, tmp_path_factory):
     """(a base whose generation_config.json names an end, a run over it, the text up to that end)."""

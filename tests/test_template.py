@@ -88,8 +88,12 @@ QWEN3 = """{%- set ns = namespace(last=-1) %}
 {%- for message in messages %}
     {%- set content = message.content %}
     {%- if message.role == 'assistant' %}
-        {%- if '</think>' in content %}{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}
-        {%- if loop.index0 > ns.last %}{%- set content = '<think>\\n\\n</think>\\n\\n' + content %}{%- endif %}
+        {%- set thoughts = '' %}
+        {%- if '</think>' in content %}
+            {%- set thoughts = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last %}{%- set content = '<think>\\n' + thoughts + '\\n</think>\\n\\n' + content %}{%- endif %}
     {%- endif %}
     {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
 {%- endfor %}
@@ -144,6 +148,7 @@ CONVERSATIONS = {
     "empty": [("", ""), ("Hm?", "")],
     "emoji": [("🍲 or 🥗?", "🥗, naturally – crème brûlée 👩‍🍳 later")],
     "white space": [("  Two\n\nlines \n", "\n  An answer\twith  much \n\n"), ("\n", " x")],
+    "thoughts": [("Why?", "<think>\nLet me see.\n</think>\n\nBecause."), ("And?", "<think>\nHm\n</think>\n\nSo.")],
     "HTML": [("<b>Bold & \"quoted\"</b>", "It's <i>'fine'</i> & {{ not }} {% code %}")],
 }
 
@@ -232,7 +237,8 @@ def test_supervised_tokens_are_those_of_the_answers_with_their_ends(folders, nam
         first = int(counts.argmax())
         assert not counts[:first].any() and counts[first:].all()
         spelled = inner.decode(ids[first:].tolist(), skip_special_tokens=False)
-        wanted = {"qwen3": "<think>\n\n</think>\n\n" + answer, "gpt-oss": "<|channel|>final<|message|>" + answer,
+        thoughts = "" if answer.startswith("<think>") else "<think>\n\n</think>\n\n"
+        wanted = {"qwen3": thoughts + answer, "gpt-oss": "<|channel|>final<|message|>" + answer,
                   "mistral": " " + answer, "llama2": " " + answer.strip()}.get(name, answer)
         if name in ("llama3", "llama3.2", "gemma"):
             wanted = answer.strip()
@@ -259,6 +265,16 @@ def test_special_words_in_a_message_are_text(folders, name):
         assert said in inner.decode(ids[:n_prompt], skip_special_tokens=False)
         assert f"The word {word} ends it" in inner.decode(ids[n_prompt:], skip_special_tokens=False)
         assert len(special) < len(ids)
+
+
+def test_thoughts_are_tokens_but_where_a_run_has_added_these(folders):
+    """Qwen3's <think> is not special: in a message it is the token, unless it is a run's own, which marks no contents."""
+    tokenizer = Tokenizer.load(folders["qwen3"])
+    think = tokenizer.added_tokens["<think>"].id
+    question, answer = [{"role": "user", "content": "Why?"}], "<think>\nHm\n</think>\n\nSo."
+    for own, written in ((), answer), ({"<think>", "</think>"}, "<think>\n\n</think>\n\n" + answer):
+        ids, n_prompt = template.load("base", folders["qwen3"], tokenizer, own).example(question, answer)
+        assert ids[n_prompt:].count(think) == 1 and tokenizer.decode(ids[n_prompt:]) == written + "\n"
 
 
 def test_special_words_become_the_tokens_of_their_text(folders):

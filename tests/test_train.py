@@ -1,21 +1,25 @@
 """The command line, the step, and whole runs of the real command."""
 
+import dataclasses
 import inspect
 import json
 import math
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+import data
 import peft
 import quant
+import train
 from conftest import ROOT
 from model import GPT, GPTConfig
-from lib import run
+from lib import checkpoint, run
 from lib.config import FIELDS, METHOD_OPTIONS, Config, command_line, read_toml, write_toml
 from lib.run import learning_rate, step
 
@@ -72,6 +76,15 @@ def test_a_file_keeps_the_options_of_its_methods_alone(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('method = "ia3"\nrank = 4\n')
     with pytest.raises(ValueError, match="the file: rank is an option of lora.*; the method is ia3"):
+        command_line([str(path)])
+
+
+def test_a_flag_wins_against_the_files_other_word_for_the_same(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("epochs = 5.0\n")
+    assert command_line([str(path), "--max_iters", "20"]).epochs == 0 and command_line([str(path)]).epochs == 5
+    path.write_text("epochs = 5.0\nmax_iters = 20\n")
+    with pytest.raises(ValueError, match="the file: max_iters and epochs are both given"):
         command_line([str(path)])
 
 
@@ -212,6 +225,52 @@ def test_a_real_base_learns_real_data(script, real_data, tmp_path):
 def test_dry_run_writes_nothing(script, real_data, tmp_path):
     done = script("train.py", "--dry_run", "--base", real_data / "stories260k", "--data", real_data / "e2e", cwd=tmp_path)
     assert done.returncode == 0 and "trained " in done.stdout and "predicted at the peak" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder with a base of 64 positions and data, where one is."""
+    monkeypatch.chdir(tmp_path)
+    long = {5, 6, 7}                                             # Their prompts fill the context, or nearly.
+    lines = [{"prompt": f"item {i} " + "the word " * 40 * (i in long), "completion": f"text {i % 5}"} for i in range(40)]
+    (tmp_path / "data").mkdir()
+    for split, part in (("train", lines[10:]), ("val", lines[5:10]), ("test", lines[:10])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in part))
+    tokenizer = data.Tokenizer.train([line[key] for line in lines for key in line], 300)
+    checkpoint.save_base(GPT(dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, block_size=64)), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    return Config(base="base", data="data", max_iters=2, batch_size=2, eval_interval=1, eval_sequences=4, sample_count=2, dtype="float32", device="cpu", out_dir="run")
+
+
+@pytest.mark.parametrize("too_long", ["cut", "drop"])
+def test_samples_are_of_prompts_that_fit(small, too_long, capsys):
+    train.train(dataclasses.replace(small, too_long=too_long))
+    texts = Path("run", "samples.txt").read_text()
+    assert texts.count("before:") == 2 and "item 8 \n" in texts and "item 9 \n" in texts
+    assert "of val's sequences, " + ("3 cut and 0 dropped" if too_long == "cut" else "0 cut and 3 dropped") in capsys.readouterr().out
+
+
+def test_data_that_goes_while_a_run_learns(small, monkeypatch):
+    """What the end shows is kept from the beginning; the sequences are in memory anyway."""
+    def loop(run, loop=train.loop):
+        for path in Path("data").iterdir():
+            path.write_text("")
+        return loop(run)
+    monkeypatch.setattr(train, "loop", loop)
+    train.train(dataclasses.replace(small, too_long="drop"))
+    assert Path("run", "samples.txt").read_text().count("after:") == 2
+
+
+@pytest.mark.parametrize("options", [dict(prefix_style="after", prefix_mlp=4), {}], ids=str)
+def test_full_beside_what_is_kept_otherwise_than_trained(small, options):
+    """The best adapter, with its prefix folded, comes back onto a base that full has changed."""
+    metrics = train.train(dataclasses.replace(small, method="full+prefix", too_long="drop", **options))
+    assert metrics["steps"] == 2 and Path("run", "metrics.json").is_file()
+
+
+def test_a_model_from_nothing_is_trained_as_a_whole(small):
+    with pytest.raises(ValueError, match="base new is written as a whole model, in which lora has no place; use --method full"):
+        train.train(dataclasses.replace(small, base="new", method="lora"))
 
 
 def test_a_folder_that_holds_a_run_is_never_written_over(refused, tmp_path):
