@@ -65,6 +65,9 @@ def parse(args):
     places = [Path(folder).resolve() for folder in parsed.runs]
     twice = [folder for folder, place in zip(parsed.runs, places) if places.count(place) > 1]
     check(not twice, f"{', '.join(twice)}: one run, named more than once")
+    files_alone = not (parsed.runs or parsed.results or parsed.training)
+    check(files_alone or not (parsed.predictions or parsed.references),
+          "--predictions and --references are scored alone; leave out the folders of runs, --results and --training")
     return parsed
 
 
@@ -79,6 +82,8 @@ def parse_or_show(args):
     if parsed.results and not parsed.runs:
         show(results.read(parsed.results), RESULT_COLUMNS, parsed)
         sys.exit()
+    if parsed.results:
+        results.rows_in(parsed.results)      # What is no file of results is refused before all work.
     return parsed
 
 
@@ -153,7 +158,7 @@ def settings_but_seed(config):
     differing = ("seed", "out_dir", "resume", "device", "fsdp")
     settings = {name: value for name, value in asdict(config).items()
                 if name not in differing and value != FIELDS[name].default}
-    places = {name: Path(settings[name]).name for name in ("base", "data") if name in settings}
+    places = {name: settings[name].rstrip("/") for name in ("base", "data") if name in settings}
     return json.dumps(settings | places, sort_keys=True)
 
 
@@ -162,6 +167,7 @@ def lines(texts):
     return "".join(" ".join(text.split()) + "\n" for text in texts)
 
 
+WRITTEN = ("predictions.txt", "references.txt", "scores.json")    # beside texts.jsonl, which is there before them
 DECODING = ("max_new_tokens", "beams", "length_penalty", "no_repeat_ngram")
 
 
@@ -200,11 +206,15 @@ def evaluate_run(folder, args):
     row = {"method": config.method, "trainable": trainable} if is_run else {"method": "base", "trainable": 0}
     row |= score(predictions, references, [example.prompt for example in test if example.is_representation])
     row["texts"] = len(test)
-    texts = {"predictions.txt": lines(predictions), "references.txt": "\n".join(map(lines, references)),
-             "scores.json": json.dumps(row, indent=1) + "\n"}
-    for name, text in texts.items():
+    texts = lines(predictions), "\n".join(map(lines, references)), json.dumps(row, indent=1) + "\n"
+    for name, text in zip(WRITTEN, texts):
         write_atomic(Path(folder, name), text.encode())
-    return row | {"run": str(folder), "settings": settings_but_seed(config)}
+    return row | origin_of(folder, config)
+
+
+def origin_of(folder, config):
+    """What a row says of where it comes from: the run's folder, its settings and its seed."""
+    return {"run": str(folder), "settings": settings_but_seed(config), "seed": config.seed}
 
 
 def write_rest(kept, folder, test, form, args):
@@ -213,6 +223,13 @@ def write_rest(kept, folder, test, form, args):
     config = replace(config, template=data.resolved_template(config.template, form))
     made = data.Format(tokenizer, config.template, chat_of(config, tokenizer, folder))
     prompts = {i: made.prompt(example) for i, example in enumerate(test) if i not in kept.texts}
+    room = model.config.block_size - model.reserved
+    too_long = {i: "" for i, prompt in prompts.items() if len(prompt) > room}
+    if too_long:
+        print(f"{folder}: {len(too_long)} of {len(test)} prompts do not fit into the context of {room} tokens; their texts are "
+              "empty", file=sys.stderr)
+        kept.add(too_long)
+    prompts = {i: prompt for i, prompt in prompts.items() if i not in too_long}
     start, first = time.perf_counter(), len(kept.texts)
 
     def keep(texts):
@@ -238,19 +255,30 @@ def training_row(folder):
         kind = {"method": str, "trainable": int}.get(name, float)
         value = metrics.get(name)
         row[name] = value if value is None and kind is float else checked(name, value, kind, f"{path}: ")
-    return row | {"run": str(folder), "settings": settings_but_seed(config)}
+    return row | origin_of(folder, config)
+
+
+def portable(row):
+    """The row for a file of results, where the run, its base and its data have their names alone.
+
+    On another machine they lie elsewhere; the row of a run that is repeated there takes this one's place.
+    """
+    settings = json.loads(row["settings"])
+    names = {key: Path(settings[key]).name for key in ("base", "data") if key in settings}
+    run = Path(row["run"]).resolve().name
+    return row | {"run": run, "settings": json.dumps(settings | names, sort_keys=True)}
 
 
 def result_row(row, args):
     """A row of evaluate_run for a file of results: what training came to beside it, and how both are done again."""
     folder = row["run"]
     metrics = read_json(Path(folder, "metrics.json"))
-    training = {name: value for name, value in training_row(folder).items() if name in TRAINING_COLUMNS}
-    origin = {name: metrics.get(name) for name in ("seed", "steps", "hardware", "date")}
-    flags = {"seed": metrics.get("seed")} | json.loads(row["settings"])
+    training = {name: value for name, value in training_row(folder).items() if name in ("seed", *TRAINING_COLUMNS)}
+    origin = {name: metrics.get(name) for name in ("steps", "hardware", "date")}
+    flags = {"seed": training["seed"]} | json.loads(row["settings"])
     decoding = {name: getattr(args, name) for name in DECODING}
     commands = [f"python train.py {as_flags(flags)} --out_dir {folder}", f"python evaluate.py {folder} {as_flags(decoding)}"]
-    return row | training | origin | {"run": Path(folder).name, "commands": commands}
+    return portable(row) | training | origin | {"commands": commands}
 
 
 def as_flags(values):
@@ -328,6 +356,21 @@ def files_row(predictions, references):
     return {"method": Path(predictions).name, "trainable": 0, "settings": "", **scores}
 
 
+def check_runs(args):
+    """ValueError where what evaluate_run or results.add would do at the end is refused: before the first text."""
+    for folder in args.runs:
+        own = not Path(folder, "texts.jsonl").exists()
+        there = [name for name in WRITTEN if own and Path(folder, name).exists()]
+        check(not there, f"{folder}: {', '.join(there)} would be overwritten, and no texts.jsonl says that evaluate.py wrote it; move it away")
+    if args.results:
+        ended = [Path(folder, "metrics.json").is_file() for folder in args.runs]
+        others = [folder for folder, end in zip(args.runs, ended) if not end]
+        check(not others, f"{', '.join(others)}: no metrics.json there, so no run of train.py that has ended; leave out --results to score it")
+        keys = [results.identity(portable(training_row(folder))) for folder in args.runs]
+        twice = [folder for folder, key in zip(args.runs, keys) if keys.count(key) > 1]
+        check(not twice, f"{', '.join(twice)}: one name, settings and seed, so that {args.results} would show only the last; rename a folder")
+
+
 def main(args):
     """Scores runs, or files of predictions, and prints them."""
     if args.predictions or args.references:
@@ -337,6 +380,7 @@ def main(args):
     elif args.training:
         rows = [training_row(folder) for folder in args.runs]
     else:
+        check_runs(args)
         rows = [evaluate_run(folder, args) for folder in args.runs]
     if not rows:
         raise ValueError("nothing to evaluate: give the folders of runs, or --predictions and --references")

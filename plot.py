@@ -180,6 +180,7 @@ def memory(files):
         if heights.any():
             bars = ax.bar(columns, heights, 0.65, totals, color=color, label=kind)
             totals += heights
+    check(totals.any(), f"{', '.join(map(str, files))}: no bytes in any part of a report; memory.py --json prints some")
     ax.bar_label(bars, [f"{total:.3g}" for total in totals])
     ax.set_xticks(columns, [report["method"] for report in reports])
     ax.set(ylabel="GB at the peak", title="What the peak consists of")

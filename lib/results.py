@@ -9,7 +9,7 @@ Without torch, so that a table is there in a moment.
 import json
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from lib import report
@@ -50,10 +50,16 @@ def name_of(row):
 
 
 def by_settings(rows):
-    """The rows in lists, one for each name and settings: what differs within a list is the seed."""
-    groups = defaultdict(list)
+    """The rows in lists, one for each name and settings: what differs within a list is the seed.
+
+    Two rows of one seed are never in one list: something else differs, such as data of the same name.
+    """
+    groups, times = defaultdict(list), Counter()
     for row in rows:
-        groups[name_of(row), row["settings"]].append(row)
+        method = name_of(row), row["settings"]
+        seed = row.get("seed")
+        groups[method, times[method, seed]].append(row)
+        times[method, seed] += seed is not None
     return list(groups.values())
 
 
@@ -87,22 +93,37 @@ def table(rows, columns, markdown=False):
 
 
 def add(path, rows):
-    """Adds rows to a file of results, a line each."""
+    """Adds rows to a file of results, a line each. ValueError, and the file is as it was, where it holds anything else."""
+    rows_in(path)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
+    before = Path(path).read_bytes() if Path(path).exists() else b""
+    start = "" if before.endswith(b"\n") or not before else "\n"
     lines = [json.dumps(row) + "\n" for row in rows]
     with open(path, "ab") as file:
-        file.write("".join(lines).encode())
+        file.write((start + "".join(lines)).encode())
+
+
+def rows_in(path):
+    """All rows of a file of results as they stand in it, none where there is no file. ValueError names a line that is none."""
+    if not Path(path).exists():
+        return []
+    lines = Path(regular(path)).read_bytes().splitlines()
+    return [checked_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def identity(row):
+    """What a row is the result of: a later row of the same run, settings and seed takes its place."""
+    return row["run"], row["settings"], row.get("seed")
 
 
 def read(path):
-    """The rows of a file of results, of each run the last, those with most trained parameters first.
+    """The rows of a file of results, those with most trained parameters first; of rows with one identity the last.
 
     ValueError names a line that is none.
     """
-    lines = Path(regular(path)).read_bytes().splitlines()
-    rows = [checked_row(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    rows = rows_in(regular(path))
     check(rows, f"{path}: no results in it")
-    last = {row["run"]: row for row in rows}
+    last = {identity(row): row for row in rows}
     return sorted(last.values(), key=lambda row: (-row["trainable"], row["run"]))
 
 
@@ -111,6 +132,8 @@ def checked_row(line, where):
     row = parse_json(line, where)
     for key, kind in {"run": str, "settings": str, "trainable": int}.items():
         typed(key, row.get(key), kind, f"{where}: ")
+    if row.get("seed") is not None:
+        typed("seed", row["seed"], int, f"{where}: ")
     for key in RESULT_COLUMNS:
         value = row.setdefault(key, None)
         row[key] = value if value is None else typed(key, value, float, f"{where}: ")

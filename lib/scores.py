@@ -35,16 +35,27 @@ TREEBANK_TOKEN = re.compile(r"""
     | (?:[^\W\d_]\.){2,}                                                    # abbreviations keep their stop
     | (?:mr|mrs|ms|dr|st|prof|jr|sr|vs|etc|inc|ltd|co|no)\.(?=\s+\w) | \w+\.(?=,)
     | [#@]\w+ | \.\.\. | -- | (?<!\w)-\d[\d.,]*\b
-    | \w+(?:(?:[-/._&'] | (?<=\d),(?=\d))\w+)* | \S""", re.VERBOSE)
+    | \d+(?::\d+)+ | [!?]{2,}                                               # 10:30 and ?! are one token each
+    | \w+(?:(?:[-/._&'] | (?<=\d),(?=\d))\w+)*
+    | [^\s\U00010000-\U0010ffff\ufe0f\u200d]                                # any other sign, but no emoji
+    """, re.VERBOSE)
 TWO_WORDS = {"cannot": "can not", "gonna": "gon na", "wanna": "wan na", "gotta": "got ta"}
 ESCAPED = {
     "(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-", "£": "#", "€": "$"}
+PLAIN = {"’": "'", "‘": "'", "“": '"', "”": '"', "‒": "--", "–": "--", "—": "--", "―": "--", "…": "..."}
 PUNCTUATION = {"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";", '"'}
 
 
 def tokenize_ptb(text):
-    """Penn Treebank tokens, lower-cased, without punctuation (the captioning metrics' Stanford tokenizer)."""
-    text = text.lower().replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
+    """Penn Treebank tokens, lower-cased, without punctuation (the captioning metrics' Stanford tokenizer).
+
+    They are that tokenizer's on all texts of E2E's val and test, and on talk with dashes, clock times, "?!" and
+    emoji. They differ in e-mail addresses, markup, "C++", "x=3", "1/2" as one sign, "9:30-10:30", "'90s", initials,
+    and a last word that has a stop of its own ("etc.").
+    """
+    text = text.lower()
+    for symbol, plain in PLAIN.items():
+        text = text.replace(symbol, plain)
     tokens = TREEBANK_TOKEN.findall(CONTRACTION.sub(r" \1", text))
     words = " ".join(TWO_WORDS.get(token, token) for token in tokens).split()
     return [ESCAPED.get(word, word) for word in words if word not in PUNCTUATION]
@@ -75,9 +86,14 @@ def matches(pairs, n):
     return found
 
 
-def number_of_ngrams(pairs, n):
-    """Number of n-grams in tokenized predictions; k < n words add k - n + 1 < 1, as in the E2E script."""
-    return sum(len(words) - n + 1 for words, _ in pairs)
+def number_of_ngrams(pairs, n, matched=0):
+    """Number of n-grams in tokenized predictions; k < n words add k - n + 1 < 1, as in the E2E script.
+
+    Where that leaves fewer than have matched, it is the number of those that are there: a share is at most 1.
+    """
+    numbers = [len(words) - n + 1 for words, _ in pairs]
+    there = sum(max(number, 0) for number in numbers)
+    return there if matched > max(sum(numbers), 0) else sum(numbers)
 
 
 # -----------------------------------------------------------------------------
@@ -91,11 +107,17 @@ def closest_length(words, references):
 
 
 def bleu(predictions, references, max_n=4):
-    """Corpus BLEU (Papineni et al. 2002) with the length of the closest reference, in [0, 1]."""
+    """Corpus BLEU (Papineni et al. 2002) with the length of the closest reference, in [0, 1].
+
+    None where every reference is shorter than max_n words, because no n-gram of that length can match.
+    """
     pairs = tokenized(predictions, references, tokenize_13a)
+    if max(len(words) for _, others in pairs for words in others) < max_n:
+        return None
     log_precisions = []
     for n in range(1, max_n + 1):
-        precision = max(matches(pairs, n).total(), 1e-15) / max(number_of_ngrams(pairs, n), 1e-9)
+        matched = matches(pairs, n).total()
+        precision = max(matched, 1e-15) / max(number_of_ngrams(pairs, n, matched), 1e-9)
         log_precisions.append(math.log(precision))
     length = number_of_ngrams(pairs, 1)
     reference_length = sum(closest_length(words, others) for words, others in pairs)
@@ -125,10 +147,10 @@ def nist(predictions, references, max_n=5):
 
     terms = []
     for n in range(1, max_n + 1):
-        total = number_of_ngrams(pairs, n)
+        matched = matches(pairs, n)
+        total = number_of_ngrams(pairs, n, matched.total())
         if total:
-            matched = matches(pairs, n).items()
-            terms.append(sum(count * information(gram) for gram, count in matched) / total)
+            terms.append(sum(count * information(gram) for gram, count in matched.items()) / total)
     ratio = min(number_of_ngrams(pairs, 1) / mean_length, 1)
     beta = math.log(0.5) / math.log(1.5) ** 2                    # a ratio of 2 / 3 halves the score
     penalty = math.exp(beta * math.log(ratio) ** 2) if ratio > 0 else 0.0
@@ -251,6 +273,8 @@ SCORES = {"BLEU": bleu, "NIST": nist, "METEOR": meteor, "ROUGE-L": rouge_l, "CID
 
 def score(predictions, references, prompts=()):
     """All scores by name; BLEU, METEOR, ROUGE-L, slot errors (SER) and exact answers are in [0, 1].
+
+    One that there cannot be is None: BLEU of answers of one to three words, METEOR without its package.
 
     prompts: the representations, for the slot errors; of other texts, exact answers are counted instead,
     since two descriptions of one place are hardly ever equal. ValueError where the numbers of texts differ, or

@@ -102,7 +102,7 @@ def test_results_are_kept_and_shown(tmp_path, script, refused):
     assert train == "train.py" and evaluate.settings_but_seed(again) == scored["settings"] and again.seed == 2 and again.packing
     file = tmp_path / "results" / "r.jsonl"
     results.add(file, [done | {"BLEU": 0.1}, done | {"run": "full-1", "trainable": 10**6}])
-    results.add(file, [done, done | {"run": "lora-1", "BLEU": 0.6}])
+    results.add(file, [done, done | {"run": "lora-1", "seed": 1, "BLEU": 0.6}])
     rows = results.read(file)
     assert [found["run"] for found in rows] == ["full-1", "lora-1", "lora-2"]
     shown = script("evaluate.py", "--results", file, "--markdown").stdout
@@ -113,6 +113,65 @@ def test_results_are_kept_and_shown(tmp_path, script, refused):
     assert "r.jsonl, line 5: run is 3; it must be text" in refused("evaluate.py", "--results", file)
     assert "No such file" in refused("evaluate.py", "--results", tmp_path / "none.jsonl")
     assert as_flags({"a": True, "b": "x y"}) == "--a true --b 'x y'"
+
+
+def test_a_file_of_results_is_checked_before_it_is_written(tmp_path, refused):
+    """A last line without its end gets one; a file of something else stays as it is, and is refused before any work."""
+    path, kept = tmp_path / "r.jsonl", row(run="lora-1", seed=1)
+    path.write_text(json.dumps(kept))
+    results.add(path, [row(run="lora-2", seed=2)])
+    assert [found["run"] for found in results.read(path)] == ["lora-1", "lora-2"]
+    path.write_text("my notes\n")
+    with pytest.raises(ValueError, match="r.jsonl, line 1: not JSON"):
+        results.add(path, [kept])
+    assert "r.jsonl, line 1: not JSON" in refused("evaluate.py", tmp_path / "none", "--results", path) and path.read_text() == "my notes\n"
+    path.write_text(json.dumps(kept | {"seed": [1]}))
+    assert "line 1: seed is [1]; it must be a whole number" in refused("evaluate.py", "--results", path)
+
+
+def test_runs_of_one_name_keep_their_rows(tmp_path, monkeypatch):
+    """Those of another seed or other settings beside each other; a run that is repeated in the place of its old row."""
+    path = tmp_path / "r.jsonl"
+    results.add(path, [row(run="ia3", seed=1), row(run="ia3", seed=2), row(run="ia3", seed=1, settings="b"), row(run="ia3", seed=1, BLEU=.9)])
+    assert sorted(found["BLEU"] for found in results.read(path)) == [.5, .5, .9]
+    for name in ("a", "b"):
+        finished_run(tmp_path / name / "ia3")
+    runs = [str(tmp_path / name / "ia3") for name in ("a", "b")]
+    with pytest.raises(ValueError, match="one name, settings and seed, so that r.jsonl would show only the last"):
+        evaluate.check_runs(evaluate.parse([*runs, "--results", "r.jsonl"]))
+    evaluate.check_runs(evaluate.parse(runs))
+    monkeypatch.chdir(runs[0])
+    assert result_row(training_row("."), evaluate.parse(["."]))["run"] == "ia3"
+
+
+def test_only_seeds_become_one_row(tmp_path):
+    """Data or bases that lie in different folders are not those of one method, nor are two rows of one seed."""
+    settings = [evaluate.settings_but_seed(Config(base=base, data=data)) for base, data in
+                (("X/instruct", "d/A/train.jsonl"), ("X/instruct/", "d/A/train.jsonl"), ("Y/instruct", "d/A/train.jsonl"), ("X/instruct", "d/B/train.jsonl"))]
+    assert settings[0] == settings[1] and len(set(settings)) == 3
+    rows = [row(seed=seed) for seed in (1, 2, 2, 1, 3)]
+    assert [[found["seed"] for found in group] for group in results.by_settings(rows)] == [[1, 2, 3], [2, 1]]
+
+
+def test_files_are_scored_alone(tmp_path, refused):
+    files = ("--predictions", tmp_path / "p.txt", "--references", tmp_path / "r.txt")
+    for others in (["run"], ["--results", tmp_path / "r.jsonl"], ["run", "--results", tmp_path / "r.jsonl"]):
+        assert "--predictions and --references are scored alone" in refused("evaluate.py", *others, *files)
+
+
+def test_what_cannot_be_kept_is_refused_before_the_first_text(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no metrics.json there, so no run of train.py that has ended"):
+        evaluate.check_runs(evaluate.parse([str(tmp_path), "--results", "r.jsonl"]))
+    evaluate.check_runs(evaluate.parse([str(tmp_path)]))
+    for name in ("predictions.txt", "references.txt", "scores.json"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(ValueError, match=f"{name} would be overwritten"):
+            evaluate.check_runs(evaluate.parse([str(tmp_path)]))
+        (tmp_path / "texts.jsonl").write_text("")
+        evaluate.check_runs(evaluate.parse([str(tmp_path)]))
+        (tmp_path / "texts.jsonl").unlink()
+        (tmp_path / name).unlink()
 
 
 def test_a_table_is_there_without_torch(tmp_path):

@@ -69,6 +69,8 @@ def test_files(run, script, refused):
     assert "nothing to draw" in refused("plot.py", "loss")
     (run / "b.json").write_text("[1]")
     assert "not what memory.py --json prints" in refused("plot.py", "memory", run / "b.json")
+    (run / "b.json").write_text('[{"method": "lora", "parts": {}}]')
+    assert "b.json: no bytes in any part of a report" in refused("plot.py", "memory", run / "b.json")
 
 
 def test_results(tmp_path):

@@ -112,6 +112,8 @@ def test_treebank_tokens():
         "the wrestlers # 20-25 pub is n't child-friendly -lrb- it 's cheap -rrb- do n't go".split()
     assert tokenize_ptb("Mr. Smith's at 5 p.m. rated 3/5 -- I'll pay 1,000 & 50%... can't, cannot") == \
         "mr. smith 's at 5 p.m. rated 3/5 i 'll pay 1,000 & 50 % ca n't can not".split()
+    assert tokenize_ptb("The kitchen opens at 10:30am — see you then!! Is that so?! 5:00–6:00… yes 🍲👍🏽 ☕.") == \
+        "the kitchen opens at 10:30 am see you then !! is that so ?! 5:00 6:00 yes ☕".split()
 
 
 def test_scores_of_the_references_themselves():
@@ -133,6 +135,16 @@ def test_slot_errors():
     prompts = ["name[The Fig], eatType[pub], familyFriendly[yes], near[Linden Hotel]", "name[Otter's], area[old town]"]
     assert slot_errors(["The Fig is a pub.", "Otter's is in the Old Town."], prompts) == pytest.approx(1 / 5)
     assert slot_errors(["text"], ["no representation"]) is None
+
+
+def test_short_answers():
+    """A share of n-grams is at most 1, whatever the official script takes off for texts shorter than n; where no reference has four words there is no BLEU."""
+    answers = ["yes"] * 14 + ["No, we do not have it today."] * 3
+    same = score(answers, [[answer] for answer in answers])
+    assert same["BLEU"] == pytest.approx(1) and same["exact"] == 1 and 0 < same["NIST"] < 5 * math.log2(41)
+    assert bleu(["a b c d", "x y"], [["a b c d"], ["x z"]]) == pytest.approx((5 / 6 * 3 / 4) ** 0.25)
+    words = ["yes", "no"] * 8
+    assert bleu(words, [[word] for word in words]) is None and nist(words, [[word] for word in words]) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("predictions, references, words", [

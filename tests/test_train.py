@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 import data
+import evaluate
 import peft
 import quant
 import train
@@ -247,7 +249,12 @@ def test_samples_are_of_prompts_that_fit(small, too_long, capsys):
     train.train(dataclasses.replace(small, too_long=too_long))
     texts = Path("run", "samples.txt").read_text()
     assert texts.count("before:") == 2 and "item 8 \n" in texts and "item 9 \n" in texts
-    assert "of val's sequences, " + ("3 cut and 0 dropped" if too_long == "cut" else "0 cut and 3 dropped") in capsys.readouterr().out
+    evaluate.main(evaluate.parse(["run", "--max_new_tokens", "3", "--device", "cpu"]))
+    found = capsys.readouterr()
+    assert "run: 3 of 10 prompts do not fit into the context of 64 tokens; their texts are empty" in found.err
+    predictions = Path("run", "predictions.txt").read_text().splitlines()
+    assert len(predictions) == 10 and not any(predictions[5:8]) and "scores" in " ".join(os.listdir("run"))
+    assert "of val's sequences, " + ("3 cut and 0 dropped" if too_long == "cut" else "0 cut and 3 dropped") in found.out
 
 
 def test_data_that_goes_while_a_run_learns(small, monkeypatch):
