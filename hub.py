@@ -70,7 +70,7 @@ from lib.model_folder import write_generation, write_model, write_tokenizer
 from lib.origin import read_origin
 from lib.peft_format import to_peft
 from lib.peft_import import from_peft, rows_of
-from lib.template import KEPT
+from lib.template import KEPT, read_template, source_in
 
 # -----------------------------------------------------------------------------
 # what a new run starts from
@@ -128,7 +128,8 @@ def adopted(config):
         if name not in given and getattr(config, name) == FIELDS[name].default:
             taken[name] = getattr(before, name)
     kept = Path(path, KEPT)
-    if before and kept.is_file() and config.template == "auto":  # What was learnt was learnt in this form.
+    learnt = kept.is_file() if before else own_template(path, config.base)
+    if learnt and config.template == "auto":                     # What was learnt was learnt in this form.
         taken["template"] = str(kept)
     config = dataclasses.replace(config, method=method, **options | taken)
     check(config.base, f"{path}: an adapter alone; --base DIR must name the model that it was made for")
@@ -136,6 +137,18 @@ def adopted(config):
     known = rows <= read_origin(config.base).config.vocab_size or config.add_tokens
     check(known, f"{path}: has {rows} rows for tokens, more than its base; start from its run's folder, which holds their tokenizer")
     return config, content
+
+
+def kept_template(folder):
+    """The text of the chat template that lies in a folder as a file of its own, "" where there is none."""
+    path = Path(folder, KEPT)
+    return read_template(path) if path.is_file() else ""
+
+
+def own_template(folder, base):
+    """The same of an adapter's folder, where it is not its base's, of which a copy says nothing about the adapter."""
+    text = kept_template(folder)
+    return text if text and text != source_in(base) else ""
 
 
 def method_of(config, before, content):
@@ -180,11 +193,14 @@ def unused(path):
     return Path(path)
 
 
-def write_run(config, content):
-    """Writes an adapter's content as the run that config says, for sample.py and evaluate.py."""
+def write_run(config, content, chat_template=""):
+    """Writes an adapter's content as the run that config says, for sample.py and evaluate.py. chat_template: the text
+    of the template that the run keeps."""
     folder = Path(config.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     data.Tokenizer.load(config.base).save(folder)
+    if chat_template:
+        write_atomic(folder / KEPT, chat_template.encode())
     save_file(folder / "adapter.pt", content)
     write_atomic(folder / "config.toml", write_toml(config).encode())
 
@@ -241,23 +257,30 @@ def import_adapter(path, base, out):
     method, options, tensors = read_layout(path, base, model)
     peft.apply(model, method, **options)
     peft.load_state(model, tensors, path)
-    config = Config(method=method, base=as_folder(base), out_dir=str(out), **options)
-    write_run(config, peft.pack_adapter(model))
+    own = own_template(path, base)
+    template = "base" if own else "auto"
+    config = Config(method=method, base=as_folder(base), out_dir=str(out), template=template, **options)
+    write_run(config, peft.pack_adapter(model), own)
     return model
 
 
 def add_runs(folders, out, weights=None):
     """The LoRA adapters of runs over one base, times their weights and added, as the run `out`; returns its Config.
 
-    weights: a number for each run, None for 1. The configuration is the first run's, with the rank and scale of the sum.
+    weights: a number for each run, None for 1. The configuration is the first run's, with the rank and scale of the sum,
+    and the chat template that it keeps, from which no other run's may differ.
     """
     weights = weights or [1.0] * len(folders)
     check(len(weights) == len(folders), f"{len(weights)} weights for {len(folders)} runs; give one for each")
     configs, contents = zip(*map(read_run, folders))
+    first, *others = map(kept_template, folders)
+    for folder, other in zip(folders[1:], others):
+        same = first == other or not (first and other)
+        check(same, f"{folder}: learnt another chat template than {folders[0]} ({KEPT}); add up runs of one template")
     content = peft.add_adapters(contents, weights)
     options = {name: content["options"][name] for name in ("rank", "alpha", "rslora")}
     config = dataclasses.replace(configs[0], out_dir=str(unused(out)), **options)
-    write_run(config, content)
+    write_run(config, content, first)
     return config
 
 
@@ -271,8 +294,8 @@ def merge_run(run, path, requantize=False, dtype="", base="", adapter="best"):
     path = unused(path)
     is_run = Path(run, "config.toml").is_file()
     source = runs.find_base(read_run_config(run), run, base).base if is_run else run
-    usual = stored_type(source)
-    model, tokenizer, config = runs.load_run(run, "cpu", "float32" if requantize else usual, base, adapter)
+    computed = "float32" if requantize or dtype else stored_type(source)     # It is rounded once.
+    model, tokenizer, config = runs.load_run(run, "cpu", computed, base, adapter)
     possible = not requantize or runs.storage_of(config)
     check(possible, f"{run}: its base is not quantized; merge it without --requantize")
     report = peft.merge(model, requantize)
@@ -339,8 +362,8 @@ def main(args):
         report = merge_run(args.run, args.folder, args.requantize, args.dtype, args.base, args.adapter)
         print(f"{args.folder}: {report['layers']} layers merged; a plain checkpoint with its tokenizer")
         if args.requantize:
-            print("On average the adapter changes a logit by {adapter:.4g}; merged and quantized again it changes it by {kept:.4g}, "
-                  "which is {error:.4g} away from what the adapter makes of it.".format(**report))
+            print("On average the merged layers change a logit by {adapter:.4g}; quantized again they change it by {kept:.4g}, "
+                  "which is {error:.4g} away from what they make of it unquantized.".format(**report))
 
 
 def next_line(run):

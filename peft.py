@@ -781,8 +781,8 @@ def merge(model, requantize=False):
     type; unmerge undoes it. What the methods of UNFREEZING train is in the weights already. Returns {"layers": layers merged}.
 
     requantize: a merged weight is stored again as the base's was. The small changes of an adapter can vanish in that, so the
-    result also holds mean absolute differences of logits: "adapter" (adapter to base), "kept" (merged to base) and "error"
-    (merged to adapter).
+    result also holds mean absolute differences of logits, what UNFREEZING has trained left as it is: "adapter" (with the
+    wrappers and without), "kept" (merged and without) and "error" (merged and with).
     """
     check(methods(model), "nothing is attached that could be merged")
     check(not is_merged(model), "the model is merged already; unmerge it first")  # fault 40

@@ -13,6 +13,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 from lib.checks import check, shown, typed
 from lib.files import (entries_of, located, read_json, read_tensors, some, torch_bytes, write_atomic,
@@ -55,16 +56,32 @@ def to_adapterhub(content, base, name):
     """(adapter_config, tensors) of an adapter (peft.read_adapter). ValueError for all but bottleneck adapters."""
     check(content["method"] == "adapter", f"{content['method']} has no place in AdapterHub's layout here; "
           "--layout peft takes lora, dora, vera, ia3, prompt, prefix and bitfit")
+    check_name(name)
     options, family = content["options"], base.family
     style = options["adapter_style"]
-    shape = {"reduction_factor": base.config.n_embd / options["adapter_size"],
-             "non_linearity": options["adapter_activation"]}
+    factor = reduction_factor(base.config.n_embd, options["adapter_size"])
+    shape = {"reduction_factor": factor, "non_linearity": options["adapter_activation"]}
     settings = {
         "name": name, "config": shape | HUB_STYLES[style] | HUB_FIXED | HUB_DEFAULTS, "config_id": "",
         "hidden_size": base.config.n_embd, "model_class": family.architecture, "model_type": family.name,
         "model_name": "", "version": "adapters.1.3.0"}
     names = hub_names(base, style, name)
     return settings, {theirs: content["tensors"][ours] for theirs, ours in names.items()}
+
+
+def check_name(name):
+    """ValueError for a name that no module can have, as which that library keeps an adapter."""
+    possible = name and "." not in name and not hasattr(nn.ModuleDict(), name)
+    check(possible, f"name is {name!r}, with which AdapterHub's library cannot load an adapter; give one without dots as --name NAME")
+
+
+def reduction_factor(width, size):
+    """
+    The factor from which that library makes the size again, as int(width // factor): the quotient, or where this
+    is rounded so that one less comes out, that of half a row more.
+    """
+    factor = width / size
+    return factor if width // factor == size else width / (size + 0.5)
 
 
 def write_adapterhub(folder, content, base, name):

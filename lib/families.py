@@ -104,15 +104,18 @@ ARCEE = replace(
     LLAMA, name="arcee", architecture="ArceeForCausalLM", fixed=LLAMA.fixed | {"gated": False},
     defaults=LLAMA.defaults | {"hidden_act": "relu2", "rms_norm_eps": 1e-5})
 SEED_OSS = replace(
-    LLAMA, name="seed_oss", architecture="SeedOssForCausalLM", defaults=LLAMA.defaults | {"head_dim": 128},
+    LLAMA, name="seed_oss", architecture="SeedOssForCausalLM",
+    defaults=LLAMA.defaults | {"head_dim": 128, "num_key_value_heads": 8, "attention_bias": True},
     biases={"attention_bias": "q k v", "attention_out_bias": "out", "mlp_bias": "gate up down"})
 INTERNLM3 = replace(
-    LLAMA, name="internlm3", architecture="InternLM3ForCausalLM", defaults=LLAMA.defaults | {"head_dim": 128},
+    LLAMA, name="internlm3", architecture="InternLM3ForCausalLM",
+    defaults=LLAMA.defaults | {"head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1e-5},
     biases={"qkv_bias": "q k v", "attention_bias": "q k v", "bias": "out gate up down",
             "mlp_bias": "out gate up down"})
 SMOLLM3 = replace(
     LLAMA, name="smollm3", architecture="SmolLM3ForCausalLM", windows="unrotated",
-    defaults=LLAMA.defaults | {"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4})
+    defaults=LLAMA.defaults | {"rope_theta": 2e6, "tie_word_embeddings": True, "no_rope_layer_interval": 4,
+                               "num_key_value_heads": 4})
 GRANITE_SCALES = {"embedding_multiplier": "embed_scale", "attention_multiplier": "attention_scale",
                   "residual_multiplier": "residual_scale", "logits_scaling": "logit_scale"}
 GRANITE = replace(
@@ -120,15 +123,16 @@ GRANITE = replace(
     defaults=LLAMA.defaults | dict.fromkeys(GRANITE_SCALES, 1.0))
 MISTRAL = replace(
     LLAMA, name="mistral", architecture="MistralForCausalLM", windows="all", biases={},
-    defaults=LLAMA.defaults | {"sliding_window": 4096})
+    defaults=LLAMA.defaults | {"sliding_window": 4096, "num_key_value_heads": 8})
 MINISTRAL = replace(MISTRAL, name="ministral", architecture="MinistralForCausalLM", windows="given")
 MINISTRAL3 = replace(
     MISTRAL, name="ministral3", architecture="Ministral3ForCausalLM",
-    defaults=MISTRAL.defaults | {"head_dim": 128, "sliding_window": None, "rms_norm_eps": 1e-5})
+    # Without rope_parameters transformers has a yarn with numbers of its own; here they must be said.
+    defaults=MISTRAL.defaults | {"head_dim": 128, "sliding_window": None, "rms_norm_eps": 1e-5, "rope_theta": None})
 QWEN2 = replace(
     LLAMA, name="qwen2", architecture="Qwen2ForCausalLM", windows="late", biases={},
     fixed=LLAMA.fixed | {"bias": "q k v"},
-    defaults=LLAMA.defaults | {"sliding_window": 4096, "max_window_layers": 28})
+    defaults=LLAMA.defaults | {"sliding_window": 4096, "max_window_layers": 28, "num_key_value_heads": 32})
 QWEN3 = replace(
     QWEN2, name="qwen3", architecture="Qwen3ForCausalLM", fixed=LLAMA.fixed | {"qk_norm": "head"},
     biases=ATTENTION_BIAS, defaults=QWEN2.defaults | {"head_dim": 128},
@@ -144,7 +148,7 @@ GEMMA = replace(
     fixed=LLAMA.fixed | {"norm_offset": 1.0}, biases=ATTENTION_BIAS,
     keys=LLAMA.keys | {"hidden_activation": "activation"}, activations={"gelu": "gelu_tanh"},
     defaults=LLAMA.defaults | {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": None, "head_dim": 256,
-                               "tie_word_embeddings": True})
+                               "num_key_value_heads": 16, "tie_word_embeddings": True})
 GEMMA3_SHAPE = {"vocab_size": 262208, "max_position_embeddings": 131072, "num_hidden_layers": 26, "hidden_size": 2304,
                 "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "intermediate_size": 9216,
                 "query_pre_attn_scalar": 256}

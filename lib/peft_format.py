@@ -18,7 +18,7 @@ The layout is a folder with adapter_config.json, the settings, and adapter_model
   (IA)3     MODULE.ia3_l: (out, 1) for a module's result, of c_attn ones, l_k and l_v; (1, in) for its input
   BitFit    MODULE.bias, or MODULE.base_layer.bias where a LoRA is, beside a LoRA, which may be of zeros
   embed, head, norm     MODULE.weight and .bias beside LoRA or (IA)3, MODULE in modules_to_save; of a
-            tied head and its embedding both are there, and equal
+            tied head and its embedding both are there, and equal; of GPT-NeoX's head both names, embed_out and lm_head
   prompt    prompt_embeddings (n, n_embd)
   prefix    prompt_embeddings (n, 2 L kv), viewed as (n, 2 L, heads, head_dim): the keys of layer l at 2 l,
             its values at 2 l + 1
@@ -94,14 +94,14 @@ def whole_names(base):
     for theirs, (ours, _) in layout(base.family, shapes_of(base.config)).items():
         if ours[0] in (peft.TABLE, "head.weight") or peft.is_norm(ours[0]):
             names[peft_name(base, theirs)] = ours[0]
-    if base.config.tied:
-        names[head_name(base)] = peft.TABLE
-    return names
+    ours = peft.TABLE if base.config.tied else "head.weight"
+    return names | dict.fromkeys(head_names(base), ours)
 
 
-def head_name(base):
-    """PEFT's name of the head's weight."""
-    return peft_name(base, f"{base.family.head}.weight")
+def head_names(base):
+    """PEFT's names of the head's weight: the family's, and lm_head, as transformers 5 calls the module in every family."""
+    modules = dict.fromkeys([base.family.head, "lm_head"])
+    return [peft_name(base, f"{module}.weight") for module in modules]
 
 
 def prompt_scale(base):
@@ -171,7 +171,7 @@ def whole_to_peft(methods, kind, tensors, base):
         modules = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     settings = {"modules_to_save": list(modules)}
     if kind == "LORA":
-        settings["ensure_weight_tying"] = base.config.tied and head_name(base) in whole
+        settings["ensure_weight_tying"] = base.config.tied and peft.TABLE in tensors
     return settings, whole
 
 

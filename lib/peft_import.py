@@ -20,8 +20,8 @@ from lib.checks import BOUNDS, bounded, check, shown, timed, typed
 from lib.files import located, read_json, read_tensors, some
 from lib.hollow import hollow
 from lib.peft_format import (IA3_VECTORS, LORA_SUFFIXES, VERA_SHARED, VERA_SUFFIXES, bias_names, check_prefix,
-                             check_single, linear_layers, module_name, peft_name, prefix_names, prompt_scale,
-                             scaled_layers, shapes_of_targets, whole_names)
+                             check_single, head_names, linear_layers, module_name, peft_name, prefix_names,
+                             prompt_scale, scaled_layers, shapes_of_targets, whole_names)
 
 # -----------------------------------------------------------------------------
 # what is known
@@ -213,10 +213,12 @@ def completed(method, options, tensors, base, weights):
 def take_whole(settings, tensors, base):
     """Takes what embed, head and norm train out of `tensors`: {our name: tensor}. The norms' biases alone are left:
     they are BitFit's."""
-    whole = {}
-    there = {theirs: ours for theirs, ours in whole_names(base).items() if theirs in tensors}
+    whole, names = {}, whole_names(base)
+    take_second_head(tensors, base)
+    there = {theirs: ours for theirs, ours in names.items() if theirs in tensors}
+    readable = [theirs for theirs, ours in names.items() if ours in there.values()]
     for module in names_in(settings, "modules_to_save"):
-        found = any(theirs.rpartition(".")[0].endswith(module) for theirs in there)
+        found = any(theirs.rpartition(".")[0].endswith(module) for theirs in readable)
         check(found, f"modules_to_save names {module!r}, of which no tensor is there that this code can read")
     has_norms = any(peft.is_norm(ours) and ours.endswith(".weight") for ours in there.values())
     tables = [theirs for theirs, ours in there.items() if ours == peft.TABLE]
@@ -233,6 +235,15 @@ def take_whole(settings, tensors, base):
         check(not is_table or rows == wanted, f"{theirs} has {rows} rows for tokens, this base {wanted}; an adapter with added "
               "tokens cannot be read: merge it where it was made, and take the result as the base")
     return whole
+
+
+def take_second_head(tensors, base):
+    """Takes the head out of `tensors` where it is there under a second name."""
+    found = [name for name in head_names(base) if name in tensors]
+    if len(found) == 2:
+        first, second = found
+        same = torch.equal(tensors[first], tensors.pop(second))
+        check(same, f"{first} and {second} differ, but both are the head")
 
 
 def take_tokens(settings, tensors, base, weights):

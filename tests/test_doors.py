@@ -18,7 +18,7 @@ import quant
 from conftest import ROOT, tiny
 from model import GPT
 from lib import checkpoint, files, origin, run
-from lib.adapterhub import HUB_STYLES
+from lib.adapterhub import HUB_STYLES, reduction_factor
 from lib.config import Config, read_toml, write_toml
 
 PEFT_METHODS = [("lora", {}), ("lora", dict(targets="q,v", rslora=True)), ("lora", dict(targets="k,up")), ("ia3", {}), ("prompt", dict(prompt_length=3)),
@@ -176,8 +176,8 @@ ADAPTERS_LOGITS = """
 import sys, json, torch, adapters
 from transformers import AutoModelForCausalLM
 base, out, tokens = sys.argv[1], sys.argv[2], torch.tensor(json.loads(sys.argv[3]))
-for style in ("houlsby", "pfeiffer", "lin"):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+for style in ("houlsby", "pfeiffer", "lin", "odd"):
+    model = AutoModelForCausalLM.from_pretrained(out + "/wide" if style == "odd" else base, dtype=torch.float32)
     adapters.init(model)
     name = model.load_adapter(out + "/out_" + style)
     model.set_active_adapters(name)
@@ -195,15 +195,30 @@ def test_adapterhub_computes_the_same(bases, tmp_path, family):
     for style in HUB_STYLES:
         expected[style] = make_run(bases[family], tmp_path / f"run_{style}", "adapter", dict(adapter_style=style, adapter_activation="swish"))
         hub.export(tmp_path / f"run_{style}", tmp_path / f"out_{style}", "adapterhub", "tuned")
+    checkpoint.save_base(GPT(tiny(family, vocab_size=300, n_embd=64)), tmp_path / "wide")
+    data.Tokenizer.load(bases[family]).save(tmp_path / "wide")
+    expected["odd"] = make_run(tmp_path / "wide", tmp_path / "run_odd", "adapter", dict(adapter_size=5))     # 64 // (64 / 5) is 4
+    hub.export(tmp_path / "run_odd", tmp_path / "out_odd", "adapterhub")
     done = subprocess.run([os.environ["NANOPEFT_ADAPTERS"], "-I", "-W", "ignore", "-c", ADAPTERS_LOGITS, bases[family], tmp_path, json.dumps(TOKENS.tolist())],
                           cwd="/", capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     for style, ours in expected.items():
         theirs = torch.load(tmp_path / f"logits_{style}", weights_only=True)
         assert (ours - theirs).abs().max() < 1e-5, (style, (ours - theirs).abs().max())
-        hub.import_adapter(tmp_path / f"back_{style}", bases[family], tmp_path / f"again_{style}")      # as that library writes it
+        base = tmp_path / "wide" if style == "odd" else bases[family]
+        hub.import_adapter(tmp_path / f"back_{style}", base, tmp_path / f"again_{style}")               # as that library writes it
         model, _, _ = run.load_run(tmp_path / f"again_{style}", "cpu", "float32")
         assert torch.equal(logits(model), ours)
+
+
+def test_adapterhubs_factor_gives_the_size():
+    """By that library's own formula, for a width's every size and beyond it; where the quotient does, it is written."""
+    for width in (8, 39, 48, 64, 100, 576, 768, 1000, 2048, 4096):
+        for size in range(1, 2 * width + 1):
+            factor = reduction_factor(width, size)
+            assert int(width // factor) == size
+            assert factor == width / size or int(width // (width / size)) != size
+    assert (reduction_factor(768, 48), reduction_factor(64, 5) == 64 / 5) == (16.0, False)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
@@ -390,6 +405,20 @@ def test_adapters_added_are_a_run(bases, tmp_path, script, refused):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_sum_keeps_the_template(bases, tmp_path, refused):
+    for name, template in (("one", "{{ 1 }}"), ("same", "{{ 1 }}"), ("none", ""), ("other", "{{ 2 }}")):
+        make_run(bases["llama"], tmp_path / name, "lora", {})
+        if template:
+            (tmp_path / name / "chat_template.jinja").write_text(template)
+    hub.add_runs([tmp_path / name for name in ("one", "same", "none")], tmp_path / "sum")
+    assert (tmp_path / "sum" / "chat_template.jinja").read_text() == "{{ 1 }}"
+    hub.add_runs([tmp_path / "none", tmp_path / "one"], tmp_path / "without")
+    assert not (tmp_path / "without" / "chat_template.jinja").exists()
+    said = refused("hub.py", "add", "one", "other", "new", cwd=tmp_path)
+    assert "other: learnt another chat template than one (chat_template.jinja); add up runs of one template" in said
+    assert not (tmp_path / "new").exists()
+
+
 def test_merging_into_storage_tells_what_it_costs(bases, tmp_path, script, refused):
     make_run(bases["llama"], tmp_path / "run", "lora", {})
     assert "its base is not quantized" in refused("hub.py", "merge", "run", "merged", "--requantize", cwd=tmp_path)
@@ -403,12 +432,17 @@ def test_merging_into_storage_tells_what_it_costs(bases, tmp_path, script, refus
     base = run.load_base(stored, torch.device("cpu"), torch.float32)[0]
     merged = checkpoint.load_base(tmp_path / "merged")
     a, b, m = (logits(model, tokens) for model in (with_adapter, base, merged))
-    said = [float(number) for number in re.findall(r"by ([\d.e-]+?); |by ([\d.e-]+), |is ([\d.e-]+) away", done.stdout) for number in number if number]
+    said = [float(number) for number in re.findall(r"the merged layers change a logit by ([\d.e-]+?); |by ([\d.e-]+), |is ([\d.e-]+) away", done.stdout) for number in number if number]
     assert said == pytest.approx([(x - y).abs().mean().item() for x, y in ((a, b), (m, b), (m, a))], rel=1e-3)
     for name, weight in merged.named_parameters():
         if ".attn." in name or ".ffn." in name:
             again = quant.quantize(weight, "nf4").dequantize()
             assert torch.equal(again, weight) == (".v." not in name)      # only what is in storage already stays as it is
+    make_run(bases["llama"], tmp_path / "norms", "norm", {})
+    config = Config(**read_toml(tmp_path / "norms" / "config.toml"))
+    (tmp_path / "norms" / "config.toml").write_text(write_toml(dataclasses.replace(config, quant="nf4")))
+    done = script("hub.py", "merge", "norms", "merged norms", "--requantize", cwd=tmp_path)
+    assert "0 layers merged" in done.stdout and "the merged layers change a logit by 0; " in done.stdout, done.stderr
 
 
 def test_help_without_torch():
@@ -429,6 +463,11 @@ def test_what_a_layout_has_no_place_for(bases, tmp_path):
         make_run(bases["gpt2"], tmp_path / str(i), method, options)
         with pytest.raises(ValueError, match=words):
             hub.export(tmp_path / str(i), tmp_path / "out", layout)
+        assert not (tmp_path / "out").exists()
+    make_run(bases["gpt2"], tmp_path / "run", "adapter", {})
+    for name in ("", "v1.0", "keys"):
+        with pytest.raises(ValueError, match=f"name is '{name}', with which AdapterHub's library cannot load"):
+            hub.export(tmp_path / "run", tmp_path / "out", "adapterhub", name)
         assert not (tmp_path / "out").exists()
 
 
@@ -478,6 +517,18 @@ def test_a_checkpoint_is_of_the_bases_type_however_it_was_computed(bases, tmp_pa
     for dtype, expected in (("", torch.float32), ("bfloat16", torch.bfloat16)):
         hub.merge_run(tmp_path / "run", tmp_path / f"merged{dtype}", dtype=dtype)
         assert {t.dtype for _, t in files.read_tensors(tmp_path / f"merged{dtype}")} == {expected}
+
+
+def test_a_wider_type_is_not_rounded_to_the_bases(bases, tmp_path):
+    """The merged weights in float32 are those of the float32 computation, though the base lies in bfloat16."""
+    model = checkpoint.load_base(bases["llama"], torch.bfloat16)
+    checkpoint.save_base(model, tmp_path / "base", dtype=torch.bfloat16)
+    data.Tokenizer.load(bases["llama"]).save(tmp_path / "base")
+    ours = make_run(tmp_path / "base", tmp_path / "run", "lora", {})
+    for dtype, bound in (("float32", 1e-5), ("float16", 1e-2)):
+        hub.merge_run(tmp_path / "run", tmp_path / dtype, dtype=dtype)
+        assert {t.dtype for _, t in files.read_tensors(tmp_path / dtype)} == {getattr(torch, dtype)}
+        assert (logits(checkpoint.load_base(tmp_path / dtype)) - ours).abs().max() < bound
 
 
 def test_folders_that_are_refused(bases, tmp_path, refused):

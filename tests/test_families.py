@@ -19,7 +19,7 @@ import hub
 import peft
 import quant
 from families import CASES, READ, V5_ONLY, WRITE
-from lib import checkpoint, files, origin, run
+from lib import checkpoint, families, files, origin, run
 from lib.config import Config
 from model import CHOICES, GPT, PARTS_WITH_BIAS, GPTConfig
 from test_memory import assert_equal, compare
@@ -169,6 +169,34 @@ def assert_only_what_must_change(base, folder):
     assert {key: before[key] for key in before.keys() - type_names} == {key: after[key] for key in after.keys() - type_names}
     assert {after.get(key, "float32") for key in type_names} == {"float32"}
     assert shapes[0] == shapes[1]
+
+
+SIZES = {"vocab_size": 83, "block_size": 64, "n_layer": 4, "n_head": 64, "n_kv_head": 16, "n_embd": 640, "n_ffn": 88}
+FILLED = """
+import json, sys, transformers
+from pathlib import Path
+transformers.logging.set_verbosity_error()
+given = json.loads(Path(sys.argv[1]).read_text())
+filled = {kind: transformers.AutoConfig.for_model(kind, **said).to_dict() for kind, said in given["said"].items()}
+Path(given["out"]).write_text(json.dumps(filled))
+"""
+
+
+@pytest.mark.peers
+def test_what_config_json_leaves_out(interpreters, tmp_path):
+    """Each family's smallest config.json, which says what it must alone, and the same filled up by transformers."""
+    said = {}
+    for kind, family in families.FAMILIES.items():
+        needed = {key: name for key, name in family.keys.items() if key not in family.defaults}
+        said[kind] = {key: SIZES[name] for key, name in needed.items()}
+    with pytest.raises(ValueError, match="rope_theta is None"):
+        origin.parse_origin({"model_type": "ministral3"} | said["ministral3"])
+    said["ministral3"]["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    interpreters[5](FILLED, {"said": said, "out": str(tmp_path / "filled.json")})
+    filled = json.loads((tmp_path / "filled.json").read_text())
+    for kind, content in said.items():
+        ours = origin.parse_origin({"model_type": kind} | content).config
+        assert origin.resolved(ours) == origin.resolved(origin.parse_origin(filled[kind]).config), kind
 
 
 # -----------------------------------------------------------------------------
@@ -332,11 +360,16 @@ def test_simulated_memory_equals_counted_memory(case, method):
 
 EXPORTS = [("lora", {}), ("lora", dict(targets="q,v,down", rslora=True)), ("dora", {}), ("ia3", {}), ("bitfit", {}),
            ("prompt", {}), ("prefix", dict(prefix_style="after")), ("vera", dict(targets="out,down"))]
+WHOLE = [("lora+embed", {}), ("lora+head", {}), ("norm", {})]    # whose modules' names each family has its own for
+EVERY = [*DOZEN, *sorted(FIRST - set(DOZEN)), "gpt_neox-whole"]
 
 
 def has_a_place(case, method):
-    """Whether PEFT's layout has a place: the base must have what the method trains, and no window may hide a prefix."""
-    return possible(case, method, None) and not (method == "prefix" and config_of(case).windows)
+    """Whether PEFT's layout has a place: the base must have what the method trains, no window may hide a prefix, and no
+    norm may have a weight for each head."""
+    config = config_of(case)
+    hidden = method == "prefix" and config.windows or method == "norm" and config.qk_norm == "heads"
+    return possible(case, method, None) and not hidden
 
 
 @pytest.fixture(scope="module")
@@ -350,7 +383,7 @@ def exported(tmp_path_factory):
         base, results = root / case, []
         checkpoint.save_base(base_of(case, vocab_size=tokenizer.vocab_size), base)
         tokenizer.save(base)
-        for i, (method, options) in enumerate(EXPORTS):
+        for i, (method, options) in enumerate(WHOLE + EXPORTS * (case in DOZEN)):
             if has_a_place(case, method):
                 folder = root / f"{case}-{i}"
                 results.append((method, options, base, folder, export(base, root / f"{case}-{i}-run", folder, method, options)))
@@ -394,6 +427,30 @@ def test_out_and_in_again(exported, case, tmp_path):
         torch.testing.assert_close(logits(model), ours, rtol=0, atol=1e-5)
 
 
+def test_a_head_under_two_names(exported, tmp_path):
+    """transformers 4 calls GPT-NeoX's head embed_out, 5 lm_head: both go out, and either one comes in, or both if they are equal."""
+    _, _, base, folder, ours = exported("gpt_neox-half")[1]
+    old, new = (f"base_model.model.{name}.weight" for name in ("embed_out", "lm_head"))
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["modules_to_save"] == ["embed_out", "lm_head"]
+    tensors = dict(files.read_tensors(folder / "adapter_model.safetensors"))
+    for i, (gone, named) in enumerate([({old}, ["lm_head"]), ({new}, ["embed_out"]), ({old}, ["embed_out", "lm_head"])]):
+        kept = {name: t for name, t in tensors.items() if name not in gone}
+        write(tmp_path / f"out{i}", settings | {"modules_to_save": named}, kept)
+        model = hub.import_adapter(tmp_path / f"out{i}", base, tmp_path / f"run{i}")
+        torch.testing.assert_close(logits(model), ours, rtol=0, atol=1e-5)
+    write(tmp_path / "differ", settings, tensors | {new: tensors[old] + 1})
+    with pytest.raises(ValueError, match="embed_out.weight and .*lm_head.weight differ, but both are the head"):
+        hub.import_adapter(tmp_path / "differ", base, tmp_path / "run")
+
+
+def write(folder, settings, tensors):
+    """Writes a folder in PEFT's layout."""
+    folder.mkdir()
+    files.write_safetensors(folder / "adapter_model.safetensors", files.entries_of(tensors))
+    files.write_json(folder / "adapter_config.json", settings)
+
+
 PEFT_LOGITS = """
 import json, sys, traceback, torch, transformers
 from pathlib import Path
@@ -414,7 +471,7 @@ for base, folder in given["adapters"]:
 
 @pytest.mark.peers
 def test_peft_computes_the_same_from_what_we_export(interpreters, exported):
-    adapters = [adapter for case in DOZEN for adapter in exported(case)]
+    adapters = [adapter for case in EVERY for adapter in exported(case)]
     given = {"tokens": TOKENS.tolist(), "adapters": [[str(base), str(folder)] for _, _, base, folder, _ in adapters]}
     interpreters[5](PEFT_LOGITS, given)
     wrong = {}

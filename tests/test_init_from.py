@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ FLAGS = [str(word) for name, value in FAST.items() for word in (f"--{name}", val
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """A folder with bases (gpt2, which ties its head; llama, which does not) and data.jsonl."""
+    """A folder with bases (gpt2, which ties its head; llama and gpt_neox, which do not) and data.jsonl."""
     root = tmp_path_factory.mktemp("world")
     tokenizers = pytest.importorskip("tokenizers")
     texts = [f"say {word}" for word in "cat dog bird fish worm ant bee fly".split()]
@@ -32,7 +33,7 @@ def world(tmp_path_factory):
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False)
     inner.train_from_iterator(texts, trainer)
-    for family in ("gpt2", "llama"):
+    for family in ("gpt2", "llama", "gpt_neox"):
         folder = root / family
         torch.manual_seed(0)
         model = GPT(tiny(family, vocab_size=inner.get_vocab_size()))
@@ -41,7 +42,7 @@ def world(tmp_path_factory):
         checkpoint.save_base(model, folder)
         inner.save(str(folder / "tokenizer.json"))
         said = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": "<|endoftext|>"}
-        if family == "llama":                                    # as transformers 4 writes it, and 5 reads it
+        if family != "gpt2":                                     # as transformers 4 writes it, and 5 reads it
             said["added_tokens_decoder"] = {"0": dict(content="<|endoftext|>", lstrip=False, normalized=False, rstrip=False, single_word=False, special=True)}
         (folder / "tokenizer_config.json").write_text(json.dumps(said))
     lines = [{"prompt": text, "completion": f" {text[::-1]} <a> <b>!"} for text in texts]
@@ -271,6 +272,32 @@ def test_conversations_over_new_tokens(world, tmp_path):
     assert second.chat.source == chat.source and second.config.template == str(folder / "chat_template.jinja")
 
 
+TEMPLATE = "{% for m in messages %}WORD {{ m['content'] }}{{ eos_token }}{% endfor %}"
+
+
+def test_a_template_goes_out_and_comes_in_again(world, tmp_path):
+    """That which an adapter was trained with; its base's own, of which the export holds a copy, says nothing about it."""
+    base, mine = tmp_path / "base", tmp_path / "mine.jinja"
+    shutil.copytree(world / "llama", base)
+    (base / "chat_template.jinja").write_text(TEMPLATE.replace("WORD", "its"))
+    mine.write_text(TEMPLATE.replace("WORD", "my"))
+    talk = [{"role": "user", "content": "say cat"}, {"role": "assistant", "content": "tac"}]
+    (tmp_path / "talks.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 12)
+    talks = dict(method="lora", data=str(tmp_path / "talks.jsonl"))
+    for name, options, wanted in (("chat", talks | dict(template=str(mine)), mine.read_text()), ("plain", dict(method="lora"), None)):
+        folder = trained(tmp_path, tmp_path / name, "base", **dict(data=str(world / "data.jsonl")) | options)
+        out, again = tmp_path / f"{name} out", tmp_path / f"{name} again"
+        hub.export(folder, out)
+        assert (out / "chat_template.jinja").is_file()
+        hub.import_adapter(out, base, again)
+        _, tokenizer, config = run.load_run(again, "cpu", "float32")
+        chat = run.chat_of(config, tokenizer, again)
+        assert wanted == (chat and chat.source) and config.template == ("base" if wanted else "auto")
+        for start in (out, again):
+            second, _ = started(world, tmp_path / f"from {start.name}", "--init_from", start, "--base", base)      # on pairs
+            assert wanted == (second.chat and second.chat.source)
+
+
 TOKENS_OF_TRANSFORMERS = """
 import sys, json, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -290,7 +317,7 @@ torch.save(results, out)
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox"])
 def test_transformers_and_peft_read_new_tokens(world, peer, tmp_path, family, script):
     folder = trained(world, tmp_path / "a", family, method="lora", add_tokens=str(world / "new.txt"), learning_rate=0.05)
     hub.merge_run(folder, tmp_path / "merged")
