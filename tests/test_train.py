@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 from lib import checkpoint, run
 from lib.config import FIELDS, METHOD_OPTIONS, Config, command_line, read_toml, write_toml
 from lib.run import learning_rate, step
+from lib.scores import SCORES
 
 TINY = GPTConfig(vocab_size=61, block_size=32, n_layer=2, n_head=2, n_embd=16)
 
@@ -245,10 +246,11 @@ def small(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("too_long", ["cut", "drop"])
-def test_samples_are_of_prompts_that_fit(small, too_long, capsys):
+def test_samples_are_of_prompts_that_fit(small, too_long, monkeypatch, capsys):
     train.train(dataclasses.replace(small, too_long=too_long))
     texts = Path("run", "samples.txt").read_text()
     assert texts.count("before:") == 2 and "item 8 \n" in texts and "item 9 \n" in texts
+    monkeypatch.setitem(SCORES, "METEOR", lambda *texts: None)   # Java takes seconds to start.
     evaluate.main(evaluate.parse(["run", "--max_new_tokens", "3", "--device", "cpu"]))
     found = capsys.readouterr()
     assert "run: 3 of 10 prompts do not fit into the context of 64 tokens; their texts are empty" in found.err
