@@ -272,12 +272,12 @@ def loop(run):
             log.write(step=i, loss=loss, **rates, grad_norm=norm, tokens_per_second=round(tokens / seconds),
                       bytes=machine.resident_bytes())
         if i % config.log_interval == 0 or last:
-            left = (config.max_iters - done) * progress["seconds"] / done
+            left = round((config.max_iters - done) * progress["seconds"] / done)
             # Since the line before: a step whose memory is measured takes longer.
             speed = (progress["tokens"] - told["tokens"]) / (progress["seconds"] - told["seconds"])
             told = dict(progress)
             say(f"step {done:>5}/{config.max_iters} | loss {loss:.4f} | lr {lr:.2e} | {speed:>7,.0f} tokens/s | "
-                f"{size(machine.resident_bytes())} | {left // 60:.0f}:{left % 60:02.0f} left")
+                f"{size(machine.resident_bytes())} | {left // 60}:{left % 60:02} left")
         if done % config.eval_interval == 0:
             evaluate_and_save(run, log)
         elif config.save_interval and done % config.save_interval == 0:
