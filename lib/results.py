@@ -75,13 +75,20 @@ def mean_and_deviation(values, factor, digits):
 
 
 def table(rows, columns, markdown=False):
-    """The lecture's table: runs that differ in their seed alone become one row with mean and deviation."""
+    """
+    The lecture's table: runs that differ in their seed alone become one row with mean and deviation. Where two rows would have
+    one name, they have that of their first run.
+    """
     columns = {key: column for key, column in columns.items()
                if key not in OF_SOME_DATA or any(row[key] is not None for row in rows)}
     titles = [title for title, _, _ in columns.values()]
     table_rows = [["run", "trained", *titles, "runs"]]
-    for group in by_settings(rows):
-        cells = [name_of(group[0]), f"{group[0]['trainable']:,}"]
+    groups = by_settings(rows)
+    times = Counter(name_of(group[0]) for group in groups)
+    for group in groups:
+        first = group[0]
+        name = name_of(first)
+        cells = [name if times[name] == 1 else first.get("run", name), f"{first['trainable']:,}"]
         for key, (_, factor, digits) in columns.items():
             cells.append(mean_and_deviation([row[key] for row in group], factor, digits))
         table_rows.append([*cells, str(len(group))])

@@ -151,6 +151,8 @@ def test_only_seeds_become_one_row(tmp_path):
     assert settings[0] == settings[1] and len(set(settings)) == 3
     rows = [row(seed=seed) for seed in (1, 2, 2, 1, 3)]
     assert [[found["seed"] for found in group] for group in results.by_settings(rows)] == [[1, 2, 3], [2, 1]]
+    two = results.table([row(run="out/ia3", seed=1), row(run="out/ia3-2", seed=1), row(run="out/lora-1", seed=1)], results.SCORE_COLUMNS)
+    assert [line.split()[0] for line in two.splitlines()[1:]] == ["out/ia3", "out/ia3-2", "lora"]
 
 
 def test_files_are_scored_alone(tmp_path, refused):
