@@ -124,7 +124,7 @@ def search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngra
     finished = Hypotheses(scores.clone(), no_tokens)
     scores[:, 0] = 0                                             # the K copies of a prompt are one hypothesis
     running = Hypotheses(scores, no_tokens)
-    room = room_behind(model, prompts).to(scores.device)
+    room = room_behind(model, prompts).clamp(max=max_new_tokens - 1).to(scores.device)
     found = [[] for _ in prompts]
     going = torch.arange(len(prompts), device=scores.device)     # prompts whose search goes on
     for n in range(1, max_new_tokens + 1):
@@ -134,7 +134,7 @@ def search(model, prompts, max_new_tokens, beams, length_penalty, no_repeat_ngra
         ends = torch.isin(candidates.tokens[:, :, -1], stop_ids)
         finished = add_finished(finished, candidates.where(ends), length_penalty)
         running, order = candidates.where(~ends).best(beams)
-        is_last = (n == max_new_tokens) | (n > room[going])      # (B,)
+        is_last = n > room[going]                                # (B,)
         finished = add_finished(finished, running.where(is_last[:, None]), length_penalty)
         best_running = running.normalized(length_penalty)[:, 0]  # (B,)
         over = is_last | (finished.scores[:, -1] >= best_running)

@@ -242,8 +242,9 @@ def take_second_head(tensors, base):
     found = [name for name in head_names(base) if name in tensors]
     if len(found) == 2:
         first, second = found
-        same = torch.equal(tensors[first], tensors.pop(second))
+        same = torch.equal(tensors[first], tensors[second])
         check(same, f"{first} and {second} differ, but both are the head")
+        del tensors[second]
 
 
 def take_tokens(settings, tensors, base, weights):

@@ -347,6 +347,20 @@ def set_up(config, folder, device):
         config, folder, device, model, tokenizer, corpus, encoded, fingerprints, base_bytes, shown, chat)
 
 
+def told_of_data(run):
+    """Lines about what was found in the data, and how conversations are rendered."""
+    lines = list(run.corpus.told)
+    val = run.encoded["val"]
+    if val.n_cut or val.n_dropped:
+        lines.append(f"of val's sequences, {val.n_cut} cut and {val.n_dropped} dropped, longer than {val.block_size}")
+    same_prompt, same_text = data.overlap(run.corpus)
+    if same_prompt or same_text:
+        lines.append(f"of {len(run.corpus.val)} val examples, {same_prompt} have a prompt that is in train too, {same_text} prompt and text")
+    if run.chat is not None:
+        lines.append(f"rendered by {run.chat.name}")
+    return lines
+
+
 def split_loss(run, split):
     """The loss of a split, "train" or "val", over as many sequences as the configuration says."""
     batches = data.eval_batches(run.encoded[split], run.config.batch_size, run.config.eval_sequences or None)
@@ -482,20 +496,6 @@ def why_taken(folder):
     left = [name for name in names if any(fnmatch(name, pattern) for pattern in LEFT)]
     others = set(names) - set(left if ".lock" in names else ())
     return f"holds something that is no run's: {some(others)}; choose another --out_dir" if others else ""
-
-
-def told_of_data(run):
-    """Lines about what was found in the data, and how conversations are rendered."""
-    lines = list(run.corpus.told)
-    val = run.encoded["val"]
-    if val.n_cut or val.n_dropped:
-        lines.append(f"of val's sequences, {val.n_cut} cut and {val.n_dropped} dropped, longer than {val.block_size}")
-    same_prompt, same_text = data.overlap(run.corpus)
-    if same_prompt or same_text:
-        lines.append(f"of {len(run.corpus.val)} val examples, {same_prompt} have a prompt that is in train too, {same_text} prompt and text")
-    if run.chat is not None:
-        lines.append(f"rendered by {run.chat.name}")
-    return lines
 
 
 @contextmanager
